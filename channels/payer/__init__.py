@@ -1,0 +1,1 @@
+"""The payer's side of a channel, without I/O."""

@@ -1,0 +1,1 @@
+"""Doubles that enforce the rules of the world they stand in for."""

@@ -1,0 +1,1 @@
+"""The wire forms of MPP: challenges, credentials, receipts, events."""

@@ -1,0 +1,1 @@
+"""The inference node that is paid by the token."""

@@ -1,0 +1,1 @@
+"""Talking to a Tempo chain, and a development look-alike of one."""

@@ -1,0 +1,1 @@
+"""Configuration read whole, checked whole, then frozen."""

@@ -1,0 +1,1 @@
+"""One paid request, start to finish."""

@@ -1,0 +1,1 @@
+"""Surfaces: bytes to engine calls and back."""

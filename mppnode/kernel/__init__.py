@@ -1,0 +1,1 @@
+"""The node's vocabulary: requests, usage, time, tasks, faults."""

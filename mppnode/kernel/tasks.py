@@ -1,0 +1,42 @@
+"""The one place that starts asyncio tasks. A task without an owner is a task whose failure nobody sees."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+class TaskOwner:
+    """Starts tasks, reports their failures, and drains them with a deadline."""
+
+    def __init__(self, on_error: Callable[[str, BaseException], None]) -> None:
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._on_error = on_error
+
+    def __len__(self) -> int:
+        return len(self._tasks)
+
+    def start(self, coroutine: Coroutine[Any, Any, T], *, name: str) -> asyncio.Task[T]:
+        """Run ``coroutine`` until it ends or :meth:`drain` cancels it; an exception goes to ``on_error``."""
+        task = asyncio.get_running_loop().create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._on_error(task.get_name(), error)
+
+    async def drain(self, *, deadline_s: float) -> None:
+        """Wait for the tasks to end by themselves, then cancel those that are left and wait for them."""
+        if self._tasks:
+            await asyncio.wait(set(self._tasks), timeout=deadline_s)
+        left = set(self._tasks)
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left)

@@ -1,0 +1,1 @@
+"""The books: durable accounts behind one store contract."""

@@ -1,0 +1,1 @@
+"""What a stream has consumed so far."""

@@ -1,0 +1,1 @@
+"""Drivers of the payer state machine. Imports channels/ only."""

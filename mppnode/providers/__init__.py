@@ -1,0 +1,1 @@
+"""Upstream inference APIs."""

@@ -1,0 +1,1 @@
+"""Moving earned money on chain."""
