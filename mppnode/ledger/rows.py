@@ -1,0 +1,285 @@
+"""Accounts and events as text columns and back.
+
+Amounts are zero-padded decimal text: SQLite integers have 64 bits, uint96 does not fit, and padded text compares in
+numeric order, so CHECK constraints and an operator's eye both work on it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, Final
+
+from channels.descriptor import ChainSnapshot, Descriptor, Escrow, SessionProtocol
+from channels.ids import Address, ChannelId, Hash32
+from channels.instants import UnixSeconds
+from channels.model import (
+    Account,
+    CaptureFixed,
+    ChainObserved,
+    CloseAborted,
+    CloseBegun,
+    Closed,
+    CloseRecord,
+    Event,
+    Folded,
+    Held,
+    Hold,
+    HoldId,
+    Opened,
+    Phase,
+    Released,
+    ToppedUp,
+    Voucher,
+    VoucherAccepted,
+)
+from channels.units import Pico, Units, units
+
+_WIDTH: Final = 36  # digits of 2**96 units in pico: 35, and one to spare
+
+Json = Any
+
+
+def padded(amount: int) -> str:
+    """An amount as sortable text."""
+    assert amount >= 0
+    return f"{amount:0{_WIDTH}d}"
+
+
+def dumps(value: Json) -> str:
+    """Compact JSON text of plain values."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+# ------------------------------------------------------------------------------------------------------ value codecs
+
+
+def _chain(chain: ChainSnapshot) -> Json:
+    return [str(chain.deposit), str(chain.settled), chain.close_requested_at, chain.block]
+
+
+def _read_chain(row: Json) -> ChainSnapshot:
+    deposit, settled, requested, block = row
+    at = None if requested is None else UnixSeconds(requested)
+    return ChainSnapshot(units(int(deposit)), units(int(settled)), at, block)
+
+
+def _ladder(ladder: tuple[Voucher, ...]) -> Json:
+    return [[str(rung.cumulative), rung.signature.hex()] for rung in ladder]
+
+
+def _read_ladder(rows: Json) -> tuple[Voucher, ...]:
+    return tuple(Voucher(units(int(amount)), bytes.fromhex(signature)) for amount, signature in rows)
+
+
+def _holds(holds: Mapping[HoldId, Hold]) -> Json:
+    return {name: [str(hold.granted), str(hold.consumed)] for name, hold in holds.items()}
+
+
+def _read_holds(rows: Json) -> Mapping[HoldId, Hold]:
+    return MappingProxyType({HoldId(name): Hold(Pico(int(g)), Pico(int(c))) for name, (g, c) in rows.items()})
+
+
+def _close(record: CloseRecord | None) -> Json:
+    if record is None:
+        return None
+    capture = None if record.capture is None else str(record.capture)
+    return [record.challenge_id, str(record.cumulative), capture, record.tx_hash.hex() if record.tx_hash else None]
+
+
+def _read_close(row: Json) -> CloseRecord | None:
+    if row is None:
+        return None
+    challenge_id, cumulative, capture, tx_hash = row
+    return CloseRecord(
+        challenge_id,
+        units(int(cumulative)),
+        None if capture is None else units(int(capture)),
+        None if tx_hash is None else Hash32(bytes.fromhex(tx_hash)),
+    )
+
+
+def _terms(account: Account) -> Json:
+    d, e = account.descriptor, account.escrow
+    parts = (d.payer, d.payee, d.operator, d.token, d.salt, d.authorized_signer, d.expiring_nonce_hash)
+    return [e.protocol.value, e.chain_id, e.address.hex(), *(part.hex() for part in parts)]
+
+
+def _read_terms(row: Json) -> tuple[Escrow, Descriptor]:
+    protocol, chain_id, escrow, *parts = row
+    payer, payee, operator, token, salt, signer, nonce_hash = (bytes.fromhex(part) for part in parts)
+    return (
+        Escrow(SessionProtocol(protocol), chain_id, Address(bytes.fromhex(escrow))),
+        Descriptor(
+            payer=Address(payer),
+            payee=Address(payee),
+            operator=Address(operator),
+            token=Address(token),
+            salt=Hash32(salt),
+            authorized_signer=Address(signer),
+            expiring_nonce_hash=Hash32(nonce_hash),
+        ),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------- accounts
+
+COLUMNS: Final[tuple[str, ...]] = (
+    "phase",
+    "version",
+    "deposit",
+    "settled",
+    "accepted",
+    "spent",
+    "owed_pico",
+    "held_pico",
+    "chain",
+    "ladder",
+    "holds",
+    "tickets",
+    "top_ups",
+    "close",
+)
+"""Mutable columns of ``channel``, in the order of :func:`account_columns`."""
+
+
+def terms_column(account: Account) -> str:
+    """The immutable part of an account, written once."""
+    return dumps(_terms(account))
+
+
+def account_columns(account: Account, before: Account | None) -> dict[str, str | int]:
+    """The columns that differ from ``before``.
+
+    ``replace`` keeps the identity of untouched fields, so "did it change" is a pointer comparison, and a renewal of a
+    hold does not rewrite ten kilobytes of ladder.
+    """
+    columns: dict[str, str | int] = {"version": account.version, "phase": account.phase.value}
+    if before is None or account.chain is not before.chain:
+        columns |= {
+            "deposit": padded(account.chain.deposit),
+            "settled": padded(account.chain.settled),
+            "chain": dumps(_chain(account.chain)),
+        }
+    if before is None or account.ladder is not before.ladder:
+        columns |= {"accepted": padded(account.accepted), "ladder": dumps(_ladder(account.ladder))}
+    if before is None or account.holds is not before.holds:
+        columns |= {
+            "spent": padded(account.spent),
+            "owed_pico": padded(account.owed_pico),
+            "held_pico": padded(account.held_pico),
+            "holds": dumps(_holds(account.holds)),
+        }
+    if before is None or account.tickets is not before.tickets:
+        columns["tickets"] = dumps(dict(account.tickets))
+    if before is None or account.top_ups is not before.top_ups:
+        columns["top_ups"] = dumps([[a.hex(), b.hex()] for a, b in account.top_ups])
+    if before is None or account.close is not before.close:
+        columns["close"] = dumps(_close(account.close))
+    return columns
+
+
+def read_account(channel: bytes, terms: str, columns: Mapping[str, Any]) -> Account:
+    """Rebuild an account from its row; the inverse of :func:`terms_column` and :func:`account_columns`."""
+    escrow, descriptor = _read_terms(json.loads(terms))
+    tickets = {name: UnixSeconds(at) for name, at in json.loads(columns["tickets"]).items()}
+    top_ups = json.loads(columns["top_ups"])
+    return Account(
+        id=ChannelId(channel),
+        escrow=escrow,
+        descriptor=descriptor,
+        phase=Phase(columns["phase"]),
+        version=columns["version"],
+        chain=_read_chain(json.loads(columns["chain"])),
+        ladder=_read_ladder(json.loads(columns["ladder"])),
+        owed_pico=int(columns["owed_pico"]),
+        spent=units(int(columns["spent"])),
+        holds=_read_holds(json.loads(columns["holds"])),
+        tickets=MappingProxyType(tickets),
+        top_ups=tuple((Hash32(bytes.fromhex(a)), Hash32(bytes.fromhex(b))) for a, b in top_ups),
+        close=_read_close(json.loads(columns["close"])),
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- events
+
+
+def write_event(event: Event) -> tuple[str, str]:
+    """An event as (kind, body) for the journal."""
+    return type(event).__name__, dumps(_event_body(event))
+
+
+def _event_body(event: Event) -> Json:
+    match event:
+        case Opened():
+            a = event.account
+            return [a.id.hex(), _terms(a), _chain(a.chain), _ladder(a.ladder), str(a.owed_pico), str(a.spent)]
+        case VoucherAccepted():
+            return _ladder(event.ladder)
+        case ToppedUp():
+            return [event.credential.hex(), event.tx_hash.hex()]
+        case ChainObserved():
+            return [_chain(event.chain), event.phase.value]
+        case Held():
+            return [event.hold, str(event.granted), event.ticket, event.ticket_expires, event.now]
+        case Folded():
+            return [event.hold, str(event.consumed), str(event.granted)]
+        case Released():
+            return event.hold
+        case CloseBegun():
+            return _close(event.record)
+        case CaptureFixed():
+            return str(event.capture)
+        case CloseAborted():
+            return None
+        case Closed():
+            return [event.tx_hash.hex(), _chain(event.chain)]
+
+
+def read_event(kind: str, body: str) -> Event:
+    """The inverse of :func:`write_event`; an unknown kind is a newer journal than this code."""
+    event: Event = _READERS[kind](json.loads(body))
+    return event
+
+
+def _read_opened(row: Json) -> Event:
+    channel, terms, chain, ladder, owed, spent = row
+    escrow, descriptor = _read_terms(terms)
+    return Opened(
+        Account(
+            id=ChannelId(bytes.fromhex(channel)),
+            escrow=escrow,
+            descriptor=descriptor,
+            phase=Phase.OPEN,
+            version=1,
+            chain=_read_chain(chain),
+            ladder=_read_ladder(ladder),
+            owed_pico=int(owed),
+            spent=units(int(spent)),
+            holds=MappingProxyType({}),
+        )
+    )
+
+
+def _read_begun(row: Json) -> Event:
+    record = _read_close(row)
+    assert record is not None
+    return CloseBegun(record)
+
+
+_READERS: Final[Mapping[str, Any]] = MappingProxyType(
+    {
+        "Opened": _read_opened,
+        "VoucherAccepted": lambda row: VoucherAccepted(_read_ladder(row)),
+        "ToppedUp": lambda row: ToppedUp(Hash32(bytes.fromhex(row[0])), Hash32(bytes.fromhex(row[1]))),
+        "ChainObserved": lambda row: ChainObserved(_read_chain(row[0]), Phase(row[1])),
+        "Held": lambda row: Held(HoldId(row[0]), Pico(int(row[1])), row[2], UnixSeconds(row[3]), UnixSeconds(row[4])),
+        "Folded": lambda row: Folded(HoldId(row[0]), Pico(int(row[1])), Pico(int(row[2]))),
+        "Released": lambda row: Released(HoldId(row)),
+        "CloseBegun": _read_begun,
+        "CaptureFixed": lambda row: CaptureFixed(Units(int(row))),
+        "CloseAborted": lambda _row: CloseAborted(),
+        "Closed": lambda row: Closed(Hash32(bytes.fromhex(row[0])), _read_chain(row[1])),
+    }
+)
