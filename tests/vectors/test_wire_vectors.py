@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from channels.descriptor import Escrow, SessionProtocol
 from channels.faults import ChannelFault
 from channels.ids import parse_address, parse_channel_id, parse_hash32, to_hex
