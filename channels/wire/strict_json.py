@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import Final, NoReturn
 
@@ -31,11 +32,13 @@ def loads(
     field: str,
     size_max: int = 16_384,
     depth_max: int = 16,
+    floats: bool = False,
     reason: Reason = Reason.MALFORMED_CREDENTIAL,
 ) -> object:
     """Read one JSON text of at most ``size_max`` bytes and ``depth_max`` nested containers.
 
-    Numbers are integers of at most 53 bits; members are unique; strings are valid Unicode.
+    Numbers are integers of at most 53 bits, or finite with ``floats`` (chat bodies have them, payment objects never);
+    members are unique; strings are valid Unicode.
 
     Raises:
         ChannelFault: ``reason`` naming ``field``.
@@ -47,7 +50,7 @@ def loads(
             text,
             object_pairs_hook=_unique,
             parse_int=_integer,
-            parse_float=_no_float,
+            parse_float=_finite if floats else _no_float,
             parse_constant=_no_float,
         )
         if _SURROGATE_ESCAPE.search(text):
@@ -94,6 +97,13 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 def _integer(digits: str) -> int:
     if len(digits) > _INT_DIGITS_MAX or abs(value := int(digits)) > SAFE_INTEGER_MAX:
         raise _Refused("has an integer of more than 53 bits")
+    return value
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise _Refused("has a number beyond every float")
     return value
 
 

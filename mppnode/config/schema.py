@@ -1,0 +1,109 @@
+"""The node's configuration as frozen values. ``load.py`` builds them; nothing else does, except tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+
+from channels.descriptor import SessionProtocol
+from channels.ids import Address
+from channels.units import Units
+from mppnode.config.secrets import Secret
+from mppnode.kernel.models import Model
+
+
+class ProviderKind(StrEnum):
+    """Whose capacity it is (design D10)."""
+
+    NATIVE = "native"
+    QUOTA = "quota"
+    EXTERNAL = "external"
+
+
+class LogFormat(StrEnum):
+    """How log lines are written."""
+
+    JSON = "json"
+    TEXT = "text"
+
+
+@dataclass(frozen=True, slots=True)
+class NodeConfig:
+    """``[node]``."""
+
+    realm: str
+    challenge_secrets: tuple[Secret[bytes], ...]
+    ledger: Path
+    host: str = "127.0.0.1"
+    port: int = 8402
+
+
+@dataclass(frozen=True, slots=True)
+class ChainConfig:
+    """``[chain]``."""
+
+    rpc_url: str
+    chain_id: int
+    token: Address
+    payee_key: Secret[bytes]
+    fee_token: Address
+    v1_escrow: Address | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SessionConfig:
+    """``[session]``. Amounts in base units, times in seconds."""
+
+    protocols: tuple[SessionProtocol, ...] = (SessionProtocol.V2,)
+    min_deposit: Units = Units(1_000_000)
+    suggested_deposit: Units = Units(1_000_000)
+    min_voucher_delta: Units = Units(0)
+    preauthorise_max: Units = Units(50_000)
+    window_units_max: int = 2_000
+    voucher_wait_s: int = 60
+    challenge_ttl_s: int = 300
+    chain_ttl_s: int = 5
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsConfig:
+    """``[limits]``."""
+
+    body_bytes_max: int = 1024 * 1024
+    streams_max: int = 2_000
+    first_token_s: int = 60
+    idle_s: int = 30
+    stall_s: int = 15
+    drain_s: int = 30
+
+
+@dataclass(frozen=True, slots=True)
+class ProviderConfig:
+    """One ``[[providers]]`` entry."""
+
+    name: str
+    base_url: str
+    kind: ProviderKind = ProviderKind.NATIVE
+    api_key: Secret[str] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LogConfig:
+    """``[log]``."""
+
+    level: str = "info"
+    format: LogFormat = LogFormat.JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything a node needs to start."""
+
+    node: NodeConfig
+    chain: ChainConfig
+    session: SessionConfig
+    limits: LimitsConfig
+    providers: tuple[ProviderConfig, ...]
+    models: tuple[Model, ...]
+    log: LogConfig

@@ -1,0 +1,279 @@
+"""One paid stream: upstream bytes in, paid-for frames out.
+
+``on_body`` runs inside the upstream's ``data_received``. Everything there is synchronous: cut the read into events,
+count, compare with the durable hold, hand the covered prefix to the client in one write. What is not covered waits in
+memory while the upstream is not read, so the backlog is at most one read. Timers exist only while something waits.
+
+A chunk counts as delivered when the client's user-space buffer is empty again; only delivered chunks are ever folded
+into the ledger, so a client that stops reading is not charged for what it never got.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from channels.faults import Reason
+from channels.units import Pico
+from channels.wire import sse
+from mppnode.engine.sink import Sink
+from mppnode.metering.tally import Tally
+from mppnode.providers.base import Chunk, ChunkDecoder, UpstreamFault, UpstreamResponse
+from mppnode.rails.tab import SessionTab
+
+_HIGH_WATER: Final = 16 * 1024  # unsent bytes per client before its upstream is paused (reliability: section 2.9)
+_DRAIN_POLL_S: Final = 0.005
+
+
+class Ending(StrEnum):
+    """How a stream ended, for the log and the last frames."""
+
+    COMPLETE = "complete"
+    UPSTREAM_FAILED = "upstream_failed"
+    UNPAID = "unpaid"
+    SUPERSEDED = "superseded"
+    CLOSED = "closed"
+    STALLED = "stalled"
+    DISCONNECTED = "disconnected"
+
+
+@dataclass(frozen=True, slots=True)
+class StreamLimits:
+    """How long a stream waits for others, in seconds."""
+
+    voucher_wait_s: float = 60.0
+    """For the payer's next voucher (session draft: about 60 s)."""
+    stall_s: float = 15.0
+    """For a client that does not read."""
+    heartbeat_s: float = 15.0
+    """Between comment lines while nothing else is sent, so that idle proxies and dead peers show."""
+
+
+class PaidStream:
+    """Moves one response from an upstream to a client, inside what has been paid for."""
+
+    def __init__(
+        self,
+        *,
+        upstream: UpstreamResponse,
+        decoder: ChunkDecoder,
+        tab: SessionTab,
+        tally: Tally,
+        sink: Sink,
+        limits: StreamLimits,
+    ) -> None:
+        self._upstream = upstream
+        self._decoder = decoder
+        self._tab = tab
+        self._tally = tally
+        self._sink = sink
+        self._limits = limits
+        self._pending: deque[Chunk] = deque()
+        self._paused = False
+        self._upstream_ended = False
+        self._written_pico = 0
+        self._drained_pico = 0
+        self._drained_tokens = 0
+        self._silent_since = 0.0
+        self._loop = asyncio.get_running_loop()
+        self._timer: asyncio.TimerHandle | None = None
+        self._timer_at = 0.0
+        self._starved_since: float | None = None
+        self._stalled_since: float | None = None
+        self._ending: asyncio.Future[Ending] = self._loop.create_future()
+        self.first_chunk: bytes | None = None
+        self.error: UpstreamFault | None = None
+
+    # ------------------------------------------------------------------------------------------------- life cycle
+
+    async def run(self) -> Ending:
+        """Stream until an ending, with the upstream released; the caller then finishes the tab."""
+        self._silent_since = self._loop.time()
+        self._tab.on_change = self._pump
+        self._tab.delivered = self._delivered
+        self._upstream.attach(self)
+        self._schedule()
+        try:
+            return await self._ending
+        finally:
+            self._tab.on_change = _nothing
+            if self._timer is not None:
+                self._timer.cancel()
+            if not self._upstream_ended:
+                self._upstream.cancel()
+
+    def final_total(self, ending: Ending) -> Pico:
+        """The exact price of what the client received, in pico."""
+        if ending is Ending.COMPLETE and not self._sink.gone() and self._sink.buffered() == 0:
+            return self._tally.total()
+        self._delivered()
+        return Pico(self._drained_pico)
+
+    async def drained(self) -> bool:
+        """Wait until the client has taken everything, or give up after the stall limit."""
+        deadline = self._loop.time() + self._limits.stall_s
+        while self._sink.buffered() and not self._sink.gone():
+            if self._loop.time() >= deadline:
+                return False
+            await asyncio.sleep(_DRAIN_POLL_S)
+        return not self._sink.gone()
+
+    # ---------------------------------------------------------------------------------------------- upstream side
+
+    def on_body(self, data: bytes) -> None:
+        """Take one read of the upstream."""
+        try:
+            self._pending.extend(self._decoder.feed(data))
+        except UpstreamFault as fault:
+            self._fail(fault)
+            return
+        self._pump()
+
+    def on_end(self, error: UpstreamFault | None) -> None:
+        """Learn that the upstream has sent everything, or broke."""
+        self._upstream_ended = True
+        if error is not None:
+            self.error = error
+        self._pump()
+
+    def _fail(self, fault: UpstreamFault) -> None:
+        self.error = fault
+        self._end(Ending.UPSTREAM_FAILED)
+
+    # ------------------------------------------------------------------------------------------------ the hot path
+
+    def _pump(self) -> None:
+        if self._ending.done():
+            return
+        pending, tally, tab = self._pending, self._tally, self._tab
+        frames: list[bytes] = []
+        finished = False
+        while pending:
+            chunk = pending[0]
+            if chunk.error is not None:
+                pending.clear()
+                self.error = UpstreamFault("error", detail="the provider reported an error in its stream")
+                break
+            if chunk.done:
+                finished = True
+                pending.clear()
+                break
+            if chunk.tokens:
+                total = tally.price_at(tally.tokens + chunk.tokens)
+                if not tab.cover(total):
+                    break
+                tally.tokens += chunk.tokens
+                self._written_pico = total
+            if chunk.usage is not None:
+                tally.report = chunk.usage
+            pending.popleft()
+            if chunk.frame:
+                frames.append(chunk.frame)
+        if frames and self.first_chunk is None:
+            self.first_chunk = frames[0]
+        need = tab.ask()
+        if need is not None:
+            frames.append(
+                sse.need_voucher_frame(
+                    tab.account.id, required=need.required, accepted=need.accepted, deposit=need.deposit
+                )
+            )
+        if frames:
+            self._sink.write(b"".join(frames) if len(frames) > 1 else frames[0])
+            self._silent_since = self._loop.time()
+        self._settle(finished=finished)
+
+    def _settle(self, *, finished: bool) -> None:
+        """Decide what happens after a pump: end, pause, resume, or wait for the next read."""
+        if finished:
+            self._end(Ending.COMPLETE)
+        elif self._sink.gone():
+            self._end(Ending.DISCONNECTED)
+        elif self.error is not None and not self._pending:
+            self._end(Ending.UPSTREAM_FAILED)
+        elif self._pending and self._tab.ended is not None:
+            superseded = self._tab.ended.reason is Reason.HOLD_FENCED
+            self._end(Ending.SUPERSEDED if superseded else Ending.CLOSED)
+        elif self._upstream_ended and not self._pending:
+            self._fail(UpstreamFault("closed", detail="the provider ended its stream without finishing it"))
+        else:
+            self._flow()
+
+    def _flow(self) -> None:
+        """Match the upstream's pace to money and to the client's reading; never a timer per token."""
+        starved, stalled = bool(self._pending), self._sink.buffered() > _HIGH_WATER
+        now = self._loop.time()
+        self._starved_since = (self._starved_since or now) if starved else None
+        self._stalled_since = (self._stalled_since or now) if stalled else None
+        if (starved or stalled) != self._paused and not self._upstream_ended:
+            self._paused = not self._paused
+            (self._upstream.pause if self._paused else self._upstream.resume)()
+        if starved or stalled:
+            self._schedule()
+
+    def _delivered(self) -> int:
+        """Pico of what has left this process: everything written, once the buffer is empty."""
+        if self._sink.buffered() == 0 and not self._sink.gone():
+            self._drained_pico, self._drained_tokens = self._written_pico, self._tally.tokens
+        return self._drained_pico
+
+    @property
+    def delivered_tokens(self) -> int:
+        """Output tokens the client has received, by our own count."""
+        return self._drained_tokens
+
+    # ----------------------------------------------------------------------------------------------------- timers
+
+    def _schedule(self) -> None:
+        """Keep one timer, at the earliest moment something may be due; it reschedules itself lazily."""
+        limits = self._limits
+        due = self._silent_since + limits.heartbeat_s
+        if self._starved_since is not None:
+            due = min(due, self._starved_since + limits.voucher_wait_s)
+        if self._stalled_since is not None:
+            due = min(due, self._loop.time() + _DRAIN_POLL_S)
+        if self._timer is not None:
+            if self._timer_at <= due:
+                return
+            self._timer.cancel()
+        self._timer_at = due
+        self._timer = self._loop.call_at(due, self._on_timer)
+
+    def _on_timer(self) -> None:
+        self._timer = None
+        now, limits = self._loop.time(), self._limits
+        if self._ending.done():
+            return
+        if self._sink.gone():
+            self._end(Ending.DISCONNECTED)
+        elif self._stalled_since is not None and now - self._stalled_since >= limits.stall_s:
+            self._end(Ending.STALLED)
+        elif self._starved_since is not None and now - self._starved_since >= limits.voucher_wait_s:
+            self._end(Ending.UNPAID)
+        else:
+            if now - self._silent_since >= limits.heartbeat_s and self._sink.buffered() == 0:
+                self._sink.write(b": waiting\n\n")
+                self._silent_since = now
+            if self._stalled_since is not None:
+                self._pump()
+            self._schedule()
+
+    def _end(self, ending: Ending) -> None:
+        if not self._ending.done():
+            self._delivered()
+            self._ending.set_result(ending)
+
+    def abandon(self) -> None:
+        """The client is gone: end now."""
+        self._end(Ending.DISCONNECTED)
+
+    def supersede(self) -> None:
+        """A newer request takes the channel: end after what has been written."""
+        self._end(Ending.SUPERSEDED)
+
+
+def _nothing() -> None:
+    """Take the place of ``_pump`` once the stream has ended."""

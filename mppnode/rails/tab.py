@@ -1,0 +1,244 @@
+"""One request's running bill on a payment channel.
+
+The tab owns a durable hold. ``cover`` is the hot path: two comparisons and no I/O while a total fits the hold. Before
+the hold runs out it is renewed in the background (fold what was delivered, reserve the next window); before the
+payer's voucher runs out the payer is asked for the next one. Only when both fail does the stream stop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from channels.descriptor import SessionProtocol
+from channels.faults import ChannelFault, Reason
+from channels.instants import UnixMillis
+from channels.model import Account, Finish, HoldId, Outcome, Phase, Plan, Renew
+from channels.units import MAX_UINT96, PICO_PER_UNIT, Pico, Units, units_ceil
+from channels.wire.receipt import SessionReceipt
+from mppnode.kernel.clock import Clock
+from mppnode.kernel.tasks import TaskOwner
+from mppnode.ledger.books import Books
+
+_WINDOW_S: Final = 0.75  # consumption one hold covers; what the node can lose in a crash (reliability: section 4.3)
+_ASK_S: Final = 1.0  # a payer's round trip until one has been measured
+_TOP_UP_S: Final = 3.0  # a top-up is a transaction: block time and two round trips
+_LOOKAHEAD_S: Final = 3.0  # consumption one voucher covers; the round trips per minute are 60 / 3
+_RATE_SPAN_S: Final = 0.1  # shorter spans measure bursts, not rates
+_RATE_WEIGHT: Final = 0.4
+
+
+@dataclass(frozen=True, slots=True)
+class TabPolicy:
+    """Limits of a tab, in base units."""
+
+    window_units_max: int = 2_000
+    """Most one hold may cover beyond what was delivered: 0.002 USD, the node's loss per stream in a crash."""
+    preauthorise_units_max: int = 50_000
+    """Most a payer is asked to sign beyond what was consumed: 0.05 USD, the payer's exposure to a broken node."""
+
+
+@dataclass(frozen=True, slots=True)
+class NeedVoucher:
+    """A request for the payer's next voucher. Cumulative base units, all from committed state."""
+
+    required: Units
+    accepted: Units
+    deposit: Units
+
+
+class SessionTab:
+    """The bill of one content request; :meth:`finish` must run exactly once, whatever happened."""
+
+    def __init__(
+        self,
+        account: Account,
+        hold: HoldId,
+        granted: Pico,
+        *,
+        challenge_id: str,
+        token_pico: int,
+        reserve_pico: int,
+        unit_pico: int,
+        books: Books,
+        owner: TaskOwner,
+        clock: Clock,
+        policy: TabPolicy,
+    ) -> None:
+        self.account = account
+        self.challenge_id = challenge_id
+        self.granted: int = granted
+        self.starved = False
+        self._hold = hold
+        self._token = token_pico
+        self._reserve = reserve_pico
+        self._unit = unit_pico
+        self._books = books
+        self._owner = owner
+        self._clock = clock
+        self._policy = policy
+        self._consumed = 0
+        self._window = max(granted - reserve_pico, token_pico)
+        self._wanted = 0
+        self._renewal: asyncio.Task[None] | None = None
+        self._asked_at: Units | None = None
+        self._ended: ChannelFault | None = None
+        self._closing = False
+        self._rate = 0.0  # pico per second; a measurement, never an amount
+        self._mark = (clock.monotonic(), 0)
+        self.on_change: Callable[[], None] = _nothing
+        self.delivered: Callable[[], int] = lambda: self._consumed
+
+    @property
+    def ended(self) -> ChannelFault | None:
+        """Why this tab can never cover more, or None: a newer request took the channel, it is closing, and so on."""
+        return self._ended
+
+    # -------------------------------------------------------------------------------------------------- hot path
+
+    def cover(self, total: int) -> bool:
+        """Charge up to ``total`` pico for this request if the durable hold allows it; no I/O, no lock.
+
+        When it does not, a renewal is under way or the payer must sign: ``on_change`` is called when that may have
+        changed the answer.
+        """
+        if total + self._reserve > self.granted:
+            self._wanted = total
+            self._renew_soon()
+            return False
+        self._consumed = total
+        if self.granted - total - self._reserve < self._window >> 1:
+            self._renew_soon()
+        return True
+
+    def ask(self) -> NeedVoucher | None:
+        """The voucher to ask for now, at most one per accepted voucher; None while there is enough or one is awaited.
+
+        Asked one round trip before the money runs out, not when it has: an honest payer's stream then never pauses.
+        """
+        self._measure()
+        account = self.account
+        if self._ended is not None or self._asked_at == account.accepted or account.phase is not Phase.OPEN:
+            return None
+        hold = account.holds.get(self._hold)
+        if hold is None:
+            return None
+        # What this request may consume in total under the accepted voucher, and what others have used before it.
+        limit = hold.granted + account.headroom_pico
+        base = account.accepted * PICO_PER_UNIT - limit
+        need = max(self._consumed, self._wanted) + self._reserve
+        rate = max(self._rate, self._window / _WINDOW_S)
+        required, deposit = self._required(base + need, rate), account.chain.deposit
+        patience = _ASK_S if required <= deposit else _TOP_UP_S
+        if limit - need >= rate * patience and not self.starved:
+            return None
+        if required > deposit > account.accepted and (deposit * PICO_PER_UNIT - base - need) > 0:
+            required = deposit  # use up the deposit before asking for a transaction
+        if required <= account.accepted or (required > deposit and account.escrow.protocol is SessionProtocol.V1):
+            return None  # v1 payers cannot top up mid-stream: the stream ends with its deposit
+        self._asked_at = account.accepted
+        return NeedVoucher(required, account.accepted, deposit)
+
+    def _required(self, base: int, rate: float) -> Units:
+        ahead = min(max(int(rate * _LOOKAHEAD_S), self._unit), self._policy.preauthorise_units_max * PICO_PER_UNIT)
+        return Units(min(units_ceil(base + ahead), MAX_UINT96))
+
+    def _measure(self) -> None:
+        now = self._clock.monotonic()
+        then, consumed = self._mark
+        if now - then < _RATE_SPAN_S:
+            return
+        if not self.starved:
+            rate = (self._consumed - consumed) / (now - then)
+            self._rate = rate if self._rate == 0 else self._rate + _RATE_WEIGHT * (rate - self._rate)
+        self._mark = (now, self._consumed)
+
+    # --------------------------------------------------------------------------------------------------- renewal
+
+    def _renew_soon(self) -> None:
+        if self._renewal is None and not self._closing and self._ended is None and not self.starved:
+            self._renewal = self._owner.start(self._renew(), name="renew hold")
+
+    async def _renew(self) -> None:
+        try:
+            plan = await self._books.apply(self.account.id, self._next_window())
+        except ChannelFault as fault:
+            self._ended = fault
+        else:
+            self._renewed(plan)
+        finally:
+            self._renewal = None
+        if not self._closing:
+            self.on_change()
+
+    def _next_window(self) -> Renew:
+        # Slow start: doubling from the first window up to what the stream consumes in _WINDOW_S, never beyond the cap.
+        steady = int(self._rate * _WINDOW_S) if self._rate else 2 * self._window
+        ceiling = self._policy.window_units_max * PICO_PER_UNIT
+        self._window = max(min(2 * self._window, steady, ceiling), self._token)
+        delivered = min(self.delivered(), self._consumed)
+        target = max(delivered + max(self._window, self._token), self._wanted) + self._reserve
+        return Renew(self._hold, Pico(delivered), Pico(target))
+
+    def _renewed(self, plan: Plan[Outcome]) -> None:
+        grew = plan.result.granted > self.granted
+        self.granted = plan.result.granted
+        self._adopt(plan.account)
+        # Judged on the newest state, not on the plan's: a voucher may have been committed in between, and its
+        # ``observe`` has already run. Waiting on the older picture would wait for ever.
+        self.starved = not grew and self.account.headroom_pico == 0
+        if self.account.phase is not Phase.OPEN and not grew:
+            self._ended = ChannelFault(Reason.CHANNEL_FINALIZED, detail=f"the channel is {self.account.phase}")
+
+    def observe(self, account: Account) -> None:
+        """Learn of a newly committed state of this channel: more money, a newer request, a close."""
+        self._adopt(account)
+        if self._closing:
+            return
+        if self._hold not in account.holds:
+            self._ended = ChannelFault(Reason.HOLD_FENCED, detail="a newer request took over this channel")
+            self.on_change()
+        elif self.starved and (account.headroom_pico > 0 or account.phase is not Phase.OPEN):
+            self.starved = False
+            self._renew_soon()
+
+    def _adopt(self, account: Account) -> None:
+        if account.version > self.account.version:
+            self.account = account
+
+    # ------------------------------------------------------------------------------------------------------- end
+
+    async def finish(self, total: Pico) -> None:
+        """Charge exactly ``total`` pico for the whole request and release the hold.
+
+        Raises:
+            ChannelFault: ``STORE_UNAVAILABLE`` when nothing could be recorded; the hold is then released at restart.
+        """
+        self._closing = True
+        if self._renewal is not None:
+            await asyncio.wait({self._renewal})
+        try:
+            plan = await self._books.apply(self.account.id, Finish(self._hold, total))
+        except ChannelFault as fault:
+            # Fenced: a newer request or a close released the hold and charged what was recorded. That is the bill.
+            if fault.reason not in (Reason.HOLD_FENCED, Reason.CHANNEL_FINALIZED):
+                raise
+        else:
+            self._adopt(plan.account)
+
+    def receipt(self, now: UnixMillis, *, tokens: int | None = None) -> SessionReceipt:
+        """The receipt as of the last committed state; ``tokens`` is this request's count."""
+        return SessionReceipt(
+            timestamp_ms=now,
+            challenge_id=self.challenge_id,
+            channel_id=self.account.id,
+            accepted=self.account.accepted,
+            spent=self.account.spent,
+            units=tokens,
+        )
+
+
+def _nothing() -> None:
+    """Stand in for a listener that is not there yet."""
