@@ -1,14 +1,16 @@
-"""Refusals that are not about payment. Like ``ChannelFault``: a reason, the field, and words of our own."""
+"""Refusals and failures that are not about payment; those are ``channels.faults``."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from enum import StrEnum, unique
 
 
 @unique
 class NodeReason(StrEnum):
-    """Why a request was refused, in order of precedence."""
+    """Why a request was not served. The order is the order in which a request meets these checks."""
 
+    # what was asked
     NOT_FOUND = "not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     UNSUPPORTED_MEDIA_TYPE = "unsupported_media_type"
@@ -16,25 +18,49 @@ class NodeReason(StrEnum):
     INVALID_JSON = "invalid_json"
     INVALID_FIELD = "invalid_field"
     UNKNOWN_MODEL = "unknown_model"
-    NO_PROVIDER = "no_provider"
-    ALL_PROVIDERS_FAILED = "all_providers_failed"
-    PROVIDER_TIMEOUT = "provider_timeout"
-    OVERLOADED = "overloaded"
+    # whether we can take it now
     SHUTTING_DOWN = "shutting_down"
+    OVERLOADED = "overloaded"
+    NO_PROVIDER = "no_provider"
+    # what became of it
+    PROVIDER_TIMEOUT = "provider_timeout"
+    ALL_PROVIDERS_FAILED = "all_providers_failed"
     INTERNAL = "internal"
 
 
-class NodeFault(Exception):
-    """A refusal by the node. ``detail`` is written by us, so it may be shown and logged as it is."""
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """One provider that was tried and what it did, in our own words: never its error text, which may hold keys."""
 
-    def __init__(self, reason: NodeReason, *, field: str | None = None, detail: str = "") -> None:
+    provider: str
+    kind: str
+    status: int | None = None
+
+
+class NodeFault(Exception):
+    """A refusal: a reason, the field it is about, and what was tried.
+
+    Text from a peer never enters ``detail``: it is written by us, so it may be shown and logged as it is.
+    """
+
+    def __init__(
+        self,
+        reason: NodeReason,
+        *,
+        field: str | None = None,
+        detail: str = "",
+        retry_after_s: int | None = None,
+        attempts: tuple[Attempt, ...] = (),
+    ) -> None:
         self.reason = reason
         self.field = field
         self.detail = detail
+        self.retry_after_s = retry_after_s
+        self.attempts = attempts
         super().__init__(self.message)
 
     @property
     def message(self) -> str:
-        """One sentence for people."""
-        text = f"{self.field} {self.detail}".strip() if self.field else self.detail
-        return text or self.reason.replace("_", " ")
+        """One sentence for people, made only of our own words."""
+        subject = f"{self.field} {self.detail}".strip() if self.field else self.detail
+        return subject or self.reason.replace("_", " ")

@@ -1,245 +1,511 @@
-"""A chat request, parsed once and strictly. Below this file nobody looks at the caller's JSON to decide anything.
+"""The chat request, parsed once and strictly; nothing below the edge looks at caller JSON again.
 
-The original object is kept beside the parsed fields only to be forwarded: unknown members pass to the provider, the
-node's own members never do.
+Source: the OpenAI chat completion API, plus the node's own routing and price fields.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
-from channels.faults import ChannelFault
-from channels.wire import strict_json
+import orjson
+
 from mppnode.kernel.faults import NodeFault, NodeReason
 
-BODY_BYTES_MAX: Final = 1024 * 1024  # reliability 2.9; images travel as URLs
-_DEPTH_MAX: Final = 64  # tool schemas nest; nothing honest nests deeper
-_MESSAGES_MAX: Final = 10_000
-_MODEL_TEXT_MAX: Final = 256
-_STOP_MAX: Final = 4  # OpenAI's limit
-_MAX_TOKENS_DEFAULT: Final = 4096  # documented default
-_MAX_TOKENS_MAX: Final = 1_000_000
-_TIMEOUT_MS_MAX: Final = 30_000  # documented limit
-_PRICE_CENTS_MAX: Final = 10**9
-_ROLES: Final = frozenset({"system", "developer", "user", "assistant", "tool", "function"})
-
-NODE_FIELDS: Final = frozenset(
+NODE_ONLY: Final = frozenset(
     {
+        "timeout_ms",
         "routing_strategy",
         "allow_external",
         "max_input_price_per_million",
         "max_output_price_per_million",
-        "timeout_ms",
+        # Routing instructions other gateways understand. Forwarded to such a gateway they would choose a dearer
+        # model on our account, past the caller's ceilings and past the price we quoted.
+        "models",
+        "provider",
+        "route",
+        "routing",
+        "service_tier",
+        "transforms",
     }
 )
-"""Members that steer this node; a provider must never see them."""
+"""Fields that steer this node and are never sent upstream."""
+
+_REFUSED: Final = ("audio", "best_of", "plugins", "web_search_options")
+"""Fields that make a provider bill more than text tokens; dropping them silently would lie to the caller."""
+
+_ONLY: Final[Mapping[str, tuple[Any, ...]]] = {"service_tier": ("auto", "default"), "modalities": (["text"],)}
+"""Fields whose other values cost the node more than the price it quoted."""
+
+_MODEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,255}", re.ASCII)
+_INT_DIGITS_MAX: Final = 20  # of 2**64; int() of thousands of digits raises
+_MAX_TOKENS_DEFAULT: Final = 4096
+_CENTS_MAX: Final = 10**9
 
 
 class Strategy(StrEnum):
-    """How a provider is chosen."""
+    """How a provider is chosen among those that qualify."""
 
     CHEAPEST = "cheapest"
     FASTEST = "fastest"
     BALANCED = "balanced"
 
 
+class Role(StrEnum):
+    """Who a message is from."""
+
+    SYSTEM = "system"
+    DEVELOPER = "developer"
+    USER = "user"
+    ASSISTANT = "assistant"
+    TOOL = "tool"
+    FUNCTION = "function"
+
+
+_STRATEGIES: Final = frozenset(strategy.value for strategy in Strategy)  # `"x" in Strategy` raises before 3.12
+_ROLES: Final = frozenset(role.value for role in Role)
+
+
 @dataclass(frozen=True, slots=True)
-class Ceilings:
-    """The most a caller pays, in integer cents per million tokens; always both."""
+class ChatLimits:
+    """Bounds of one chat request (bytes, counts, milliseconds)."""
+
+    body_bytes: int = 1 << 20
+    depth: int = 64
+    """Deeper than any JSON schema of a tool in use, far under what exhausts the interpreter's stack."""
+    keys: int = 10_000
+    messages: int = 4096
+    max_tokens: int = 1_000_000
+    choices: int = 8
+    stops: int = 4
+    stop_bytes: int = 1024
+    timeout_ms: int = 30_000
+    remote_media: bool = False
+    """Whether ``https:`` media URLs may pass. Off: the provider would fetch them, possibly inside our own network."""
+
+
+@dataclass(frozen=True, slots=True)
+class PriceCeiling:
+    """The most the caller will pay, in whole cents per million tokens."""
 
     input_cents: int
     output_cents: int
 
 
 @dataclass(frozen=True, slots=True)
+class Message:
+    """One message: who, its text (parts joined), and how many media parts it carries."""
+
+    role: Role
+    text: str
+    media_parts: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """One ``/v1/chat/completions`` call. ``prompt_bytes`` is the size of everything the model will read."""
+    """A chat request that passed every check. ``None`` means the caller did not say."""
 
     model: str
+    messages: tuple[Message, ...]
     stream: bool
+    include_usage: bool
+    """Whether the caller asked for a usage chunk; the node asks its providers in any case."""
     max_tokens: int
     choices: int
+    temperature: float | None
+    top_p: float | None
+    stop: tuple[str, ...]
+    frequency_penalty: float | None
+    presence_penalty: float | None
     timeout_ms: int
-    strategy: Strategy
-    allow_external: bool
-    ceilings: Ceilings | None
+    strategy: Strategy | None
+    allow_external: bool | None
+    ceiling: PriceCeiling | None
     prompt_bytes: int
-    body: Mapping[str, Any]
+    """UTF-8 bytes the model will read as text: messages, tool calls, tool definitions. Media is counted apart."""
+    media_parts: int
+    raw: Mapping[str, Any] = field(repr=False)
+    """The caller's JSON, for forwarding and nothing else."""
 
-    def upstream_body(self, model: str) -> dict[str, Any]:
-        """The body for the provider: its own model name, bounded ``max_tokens``, usage always asked for."""
-        body = {name: value for name, value in self.body.items() if name not in NODE_FIELDS}
-        body["model"] = model
-        body["stream"] = self.stream
-        bound = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
-        body[bound] = self.max_tokens
-        if self.stream:
-            body["stream_options"] = {**body.get("stream_options", {}), "include_usage": True}
-        else:
-            body.pop("stream_options", None)
-        return body
+    @property
+    def completion_tokens_max(self) -> int:
+        """The most output tokens this request can cause, over all its choices."""
+        return self.max_tokens * self.choices
 
 
-def parse_chat(body: bytes, *, body_bytes_max: int = BODY_BYTES_MAX) -> ChatRequest:
-    """Read the body of a chat completion request.
+def parse_chat(body: bytes, *, limits: ChatLimits) -> ChatRequest:
+    """Read a chat request, refusing everything two readers could understand differently.
 
     Raises:
-        NodeFault: ``BODY_TOO_LARGE``, ``INVALID_JSON``, or ``INVALID_FIELD`` naming the member.
+        NodeFault: ``BODY_TOO_LARGE``; ``INVALID_JSON`` for what is not one JSON object; ``INVALID_FIELD`` naming the
+            field by its path.
 
-    Source: OpenAI chat completions; the parameter table in docs/api.md.
+    Source: OpenAI chat completion API; RFC 8259 and RFC 7493 (no duplicate names, no surrogates).
     """
-    if len(body) > body_bytes_max:
-        raise NodeFault(NodeReason.BODY_TOO_LARGE, detail=f"the body is larger than {body_bytes_max} bytes")
-    fields = _Fields(_load(body, body_bytes_max))
-    prompt_bytes = _messages(fields) + _tools(fields)
-    strategy = Strategy(fields.choice("routing_strategy", frozenset(Strategy), Strategy.BALANCED))
-    for name, low, high in _RANGES:
-        fields.number(name, low, high)
-    _stop(fields)
-    fields.optional("stream_options", dict)
-    fields.optional("user", str)
-    most = min(
-        fields.whole("max_tokens", 1, _MAX_TOKENS_MAX, _MAX_TOKENS_DEFAULT),
-        fields.whole("max_completion_tokens", 1, _MAX_TOKENS_MAX, _MAX_TOKENS_MAX),
-    )
+    raw = parse_object(body, limits=limits)
+    for name in _REFUSED:
+        if raw.get(name) is not None:
+            _bad(name, "is not sold by this node")
+    for name, allowed in _ONLY.items():
+        if raw.get(name) is not None and raw[name] not in allowed:
+            _bad(name, "asks for something this node does not sell")
+    model = raw.get("model")
+    if not isinstance(model, str) or _MODEL.fullmatch(model) is None:
+        _bad("model", "is not a model name")
+    messages, message_bytes = _messages(raw.get("messages"), limits)
+    stream = _boolean(raw, "stream")
     return ChatRequest(
-        model=fields.text("model", _MODEL_TEXT_MAX),
-        stream=fields.flag("stream", default=True),
-        max_tokens=most,
-        choices=fields.whole("n", 1, 16, 1),
-        timeout_ms=fields.whole("timeout_ms", 1, _TIMEOUT_MS_MAX, _TIMEOUT_MS_MAX),
-        strategy=strategy,
-        allow_external=fields.flag("allow_external", default=strategy is not Strategy.CHEAPEST),
-        ceilings=_ceilings(fields),
-        prompt_bytes=prompt_bytes,
-        body=fields.members,
+        model=model,
+        messages=messages,
+        stream=True if stream is None else stream,
+        include_usage=_include_usage(raw),
+        max_tokens=_max_tokens(raw, limits),
+        choices=_integer(raw, "n", 1, limits.choices) or 1,
+        temperature=_number(raw, "temperature", 0, 2),
+        top_p=_number(raw, "top_p", 0, 1),
+        stop=_stop(raw, limits),
+        frequency_penalty=_number(raw, "frequency_penalty", -2, 2),
+        presence_penalty=_number(raw, "presence_penalty", -2, 2),
+        timeout_ms=_integer(raw, "timeout_ms", 1, limits.timeout_ms) or limits.timeout_ms,
+        strategy=_strategy(raw),
+        allow_external=_boolean(raw, "allow_external"),
+        ceiling=_ceiling(raw),
+        prompt_bytes=message_bytes + _tool_bytes(raw),
+        media_parts=sum(message.media_parts for message in messages),
+        raw=raw,
     )
 
 
-_RANGES: Final = (
-    ("temperature", 0.0, 2.0),
-    ("top_p", 0.0, 1.0),
-    ("frequency_penalty", -2.0, 2.0),
-    ("presence_penalty", -2.0, 2.0),
-)
+# ------------------------------------------------------------------------------------------------------------- JSON
 
 
-def _load(body: bytes, size_max: int) -> dict[str, Any]:
+def parse_object(body: bytes, *, limits: ChatLimits) -> dict[str, Any]:
+    """Read exactly one JSON object, within the limits.
+
+    Raises:
+        NodeFault: ``BODY_TOO_LARGE`` or ``INVALID_JSON``.
+
+    Source: RFC 8259, RFC 7493.
+    """
+    if len(body) > limits.body_bytes:
+        raise NodeFault(NodeReason.BODY_TOO_LARGE, detail=f"the body is larger than {limits.body_bytes} bytes")
+    # orjson is faster but keeps the last of two equal keys and turns large integers into floats, silently.
     try:
-        value = strict_json.loads(body, field="body", size_max=size_max, depth_max=_DEPTH_MAX, floats=True)
-    except ChannelFault as fault:
-        raise NodeFault(NodeReason.INVALID_JSON, field="body", detail=fault.detail) from None
+        text = body.decode("utf-8")
+    except UnicodeDecodeError:
+        _not_json("is not UTF-8")
+    try:
+        value = json.loads(
+            text,
+            object_pairs_hook=_unique_pairs,
+            parse_constant=_no_constant,
+            parse_int=_bounded_int,
+            parse_float=_finite_float,
+        )
+    except RecursionError:
+        _not_json("is nested too deeply")
+    except ValueError:
+        _not_json("is not valid JSON")
     if not isinstance(value, dict):
-        raise NodeFault(NodeReason.INVALID_JSON, field="body", detail="is not a JSON object")
+        _not_json("is not a JSON object")
+    _check_tree(value, limits, escapes="\\u" in text)
     return value
 
 
-def _refuse(field: str, detail: str) -> NodeFault:
-    return NodeFault(NodeReason.INVALID_FIELD, field=field, detail=detail)
+def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        _not_json("has the same key twice in one object")
+    return made
 
 
-class _Fields:
-    """Typed access to the members of the request; ``null`` counts as absent, as OpenAI's own clients send it."""
-
-    def __init__(self, members: dict[str, Any]) -> None:
-        self.members = {name: value for name, value in members.items() if value is not None}
-
-    def text(self, name: str, length_max: int) -> str:
-        value = self.members.get(name)
-        if not isinstance(value, str) or not 0 < len(value) <= length_max:
-            raise _refuse(name, f"is required and must be text of 1 to {length_max} characters")
-        return value
-
-    def flag(self, name: str, *, default: bool) -> bool:
-        value = self.members.get(name, default)
-        if not isinstance(value, bool):
-            raise _refuse(name, "must be true or false")
-        return value
-
-    def whole(self, name: str, low: int, high: int, default: int) -> int:
-        value = self.members.get(name, default)
-        # bool is a subclass of int, and 3.0 is not an integer: both are callers' mistakes worth telling.
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise _refuse(name, f"must be an integer from {low} to {high}")
-        return value
-
-    def number(self, name: str, low: float, high: float) -> None:
-        value = self.members.get(name, low)
-        if not isinstance(value, int | float) or isinstance(value, bool) or not low <= value <= high:
-            raise _refuse(name, f"must be a number from {low:g} to {high:g}")
-
-    def choice(self, name: str, allowed: frozenset[str], default: str) -> str:
-        value = self.members.get(name, default)
-        if not isinstance(value, str) or value not in allowed:
-            raise _refuse(name, "must be one of " + ", ".join(sorted(allowed)))
-        return value
-
-    def optional(self, name: str, kind: type) -> None:
-        if name in self.members and not isinstance(self.members[name], kind):
-            raise _refuse(name, f"must be {'an object' if kind is dict else 'text'}")
+def _no_constant(_: str) -> NoReturn:
+    _not_json("has a number that JSON does not have")
 
 
-def _messages(fields: _Fields) -> int:
-    messages = fields.members.get("messages")
-    if not isinstance(messages, list) or not 0 < len(messages) <= _MESSAGES_MAX:
-        raise _refuse("messages", f"is required and must be a list of 1 to {_MESSAGES_MAX} messages")
-    return sum(_message(message, f"messages[{index}]") for index, message in enumerate(messages))
+def _bounded_int(digits: str) -> int:
+    value = int(digits) if len(digits) <= _INT_DIGITS_MAX else 1 << 64
+    if not -(1 << 63) <= value < 1 << 64:
+        _not_json("has an integer beyond 64 bits")  # encoders downstream would change it
+    return value
 
 
-def _message(message: Any, path: str) -> int:
-    if not isinstance(message, dict):
-        raise _refuse(path, "must be an object")
-    role = message.get("role")
-    if not isinstance(role, str) or role not in _ROLES:
-        raise _refuse(f"{path}.role", "must be one of " + ", ".join(sorted(_ROLES)))
-    content = message.get("content")
-    if content is None:
-        if role != "assistant":
-            raise _refuse(f"{path}.content", "is required")
-    elif isinstance(content, list):
-        for index, part in enumerate(content):
-            if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-                raise _refuse(f"{path}.content[{index}]", "must be an object with a type")
-    elif not isinstance(content, str):
-        raise _refuse(f"{path}.content", "must be text or a list of parts")
-    return _bytes_in(message)
+def _finite_float(digits: str) -> float:
+    value = float(digits)
+    if value in {float("inf"), float("-inf")}:
+        _not_json("has a number that is too large")
+    return value
 
 
-def _tools(fields: _Fields) -> int:
+def _check_tree(root: dict[str, Any], limits: ChatLimits, *, escapes: bool) -> None:
+    """Bound depth and keys, and refuse lone surrogates, which only an escape can smuggle past UTF-8."""
+    level: list[Any] = [root]
+    keys = depth = 0
+    while level:
+        depth += 1
+        if depth > limits.depth:
+            _not_json(f"is nested deeper than {limits.depth} levels")
+        below: list[Any] = []
+        for node in level:
+            members: Iterator[Any]
+            if isinstance(node, dict):
+                keys += len(node)
+                members = iter(node.values())
+                if escapes:
+                    _check_text("".join(node))
+            else:
+                members = iter(node)
+            for member in members:
+                if isinstance(member, (dict, list)):
+                    below.append(member)
+                elif escapes and isinstance(member, str):
+                    _check_text(member)
+        if keys > limits.keys:
+            _not_json(f"has more than {limits.keys} keys")
+        level = below
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        _not_json("has half of a surrogate pair")
+
+
+def _not_json(detail: str) -> NoReturn:
+    raise NodeFault(NodeReason.INVALID_JSON, field="the body", detail=detail) from None
+
+
+# ----------------------------------------------------------------------------------------------------------- fields
+
+
+def _bad(path: str, detail: str) -> NoReturn:
+    raise NodeFault(NodeReason.INVALID_FIELD, field=path, detail=detail)
+
+
+def _integer(raw: Mapping[str, Any], name: str, low: int, high: int) -> int | None:
+    value = raw.get(name)
+    if value is None:
+        return None
+    # type() and not isinstance(): True is an int, and a caller who sends it meant something else.
+    if type(value) is not int or not low <= value <= high:
+        _bad(name, f"is not an integer from {low} to {high}")
+    return value
+
+
+def _number(raw: Mapping[str, Any], name: str, low: float, high: float) -> float | None:
+    value = raw.get(name)
+    if value is None:
+        return None
+    if type(value) not in {int, float} or not low <= value <= high:
+        _bad(name, f"is not a number from {low} to {high}")
+    return float(value)
+
+
+def _boolean(raw: Mapping[str, Any], name: str) -> bool | None:
+    value = raw.get(name)
+    if value is not None and not isinstance(value, bool):
+        _bad(name, "is not a boolean")
+    return value
+
+
+def _max_tokens(raw: Mapping[str, Any], limits: ChatLimits) -> int:
+    old = _integer(raw, "max_tokens", 1, limits.max_tokens)
+    new = _integer(raw, "max_completion_tokens", 1, limits.max_tokens)
+    if old is not None and new is not None and old != new:
+        _bad("max_completion_tokens", "differs from max_tokens")
+    return new or old or min(_MAX_TOKENS_DEFAULT, limits.max_tokens)
+
+
+def _include_usage(raw: Mapping[str, Any]) -> bool:
+    options = raw.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        _bad("stream_options", "is not an object")
+    asked = options.get("include_usage")
+    if asked is not None and not isinstance(asked, bool):
+        _bad("stream_options.include_usage", "is not a boolean")
+    return bool(asked)
+
+
+def _stop(raw: Mapping[str, Any], limits: ChatLimits) -> tuple[str, ...]:
+    value = raw.get("stop")
+    if value is None:
+        return ()
+    given = [value] if isinstance(value, str) else value
+    if not isinstance(given, list) or len(given) > limits.stops:
+        _bad("stop", f"is not a string or an array of at most {limits.stops} strings")
+    for index, item in enumerate(given):
+        if not isinstance(item, str) or not item or len(item.encode()) > limits.stop_bytes:
+            _bad(
+                "stop" if isinstance(value, str) else f"stop[{index}]",
+                f"is not a string of 1 to {limits.stop_bytes} bytes",
+            )
+    return tuple(given)
+
+
+def _strategy(raw: Mapping[str, Any]) -> Strategy | None:
+    value = raw.get("routing_strategy")
+    if value is None:
+        return None
+    if not isinstance(value, str) or value not in _STRATEGIES:
+        _bad("routing_strategy", "is not one of cheapest, fastest, balanced")
+    return Strategy(value)
+
+
+def _ceiling(raw: Mapping[str, Any]) -> PriceCeiling | None:
+    names = ("max_input_price_per_million", "max_output_price_per_million")
+    paid_in, paid_out = (_integer(raw, name, 0, _CENTS_MAX) for name in names)
+    if paid_in is None and paid_out is None:
+        return None
+    # One ceiling alone would leave the other price unbounded, which is never what a caller with a budget means.
+    if paid_in is None:
+        _bad(names[0], "is missing although the output ceiling is set")
+    if paid_out is None:
+        _bad(names[1], "is missing although the input ceiling is set")
+    return PriceCeiling(paid_in, paid_out)
+
+
+def _tool_bytes(raw: Mapping[str, Any]) -> int:
+    """Check the shape of tool definitions and count what a model reads of them."""
     total = 0
-    for name in ("tools", "functions", "response_format"):
-        total += _bytes_in(fields.members.get(name))
+    for name in ("tools", "functions"):
+        given = raw.get(name)
+        if given is None:
+            continue
+        if not isinstance(given, list):
+            _bad(name, "is not an array")
+        for index, item in enumerate(given):
+            if not isinstance(item, dict):
+                _bad(f"{name}[{index}]", "is not an object")
+        total += _encoded_bytes(given)
+    shape = raw.get("response_format")
+    if shape is not None and not isinstance(shape, dict):
+        _bad("response_format", "is not an object")
+    return total + (_encoded_bytes(shape) if shape else 0)
+
+
+def _encoded_bytes(value: Any) -> int:
+    return len(orjson.dumps(value))
+
+
+# --------------------------------------------------------------------------------------------------------- messages
+
+
+def _messages(given: Any, limits: ChatLimits) -> tuple[tuple[Message, ...], int]:
+    """The messages, and the text bytes a model will read of them."""
+    if not isinstance(given, list) or not 1 <= len(given) <= limits.messages:
+        _bad("messages", f"is not an array of 1 to {limits.messages} messages")
+    made: list[Message] = []
+    total = 0
+    for index, item in enumerate(given):
+        message, size = _message(item, f"messages[{index}]", limits)
+        made.append(message)
+        total += size
+    return tuple(made), total
+
+
+def _message(given: Any, path: str, limits: ChatLimits) -> tuple[Message, int]:
+    if not isinstance(given, dict):
+        _bad(path, "is not an object")
+    role = given.get("role")
+    if not isinstance(role, str) or role not in _ROLES:
+        _bad(f"{path}.role", "is not one of " + ", ".join(Role))
+    extra = _calls(given, path, Role(role)) + _names(given, path, Role(role))
+    content = given.get("content")
+    if content is None:
+        if role != Role.ASSISTANT or not (given.get("tool_calls") or given.get("function_call")):
+            _bad(f"{path}.content", "is missing, and only a message with tool calls may leave it out")
+        return Message(Role.ASSISTANT, ""), extra
+    if isinstance(content, str):
+        return Message(Role(role), content), extra + len(content.encode())
+    if not isinstance(content, list) or not content:
+        _bad(f"{path}.content", "is not a string or an array of parts")
+    texts, media = [], 0
+    for index, part in enumerate(content):
+        text = _part(part, f"{path}.content[{index}]", limits)
+        if text is None:
+            media += 1
+        else:
+            texts.append(text)
+    joined = "\n".join(texts)
+    return Message(Role(role), joined, media), extra + len(joined.encode())
+
+
+def _names(given: Mapping[str, Any], path: str, role: Role) -> int:
+    total = 0
+    for name, needed in (("name", role is Role.FUNCTION), ("tool_call_id", role is Role.TOOL)):
+        value = given.get(name)
+        if value is None and not needed:
+            continue
+        if not isinstance(value, str) or not value:
+            _bad(f"{path}.{name}", "is not a non-empty string")
+        total += len(value.encode())
     return total
 
 
-def _bytes_in(value: Any) -> int:
-    """UTF-8 bytes of all text inside a JSON value: an upper bound, to within a template, of its tokens."""
-    if isinstance(value, str):
-        return len(value.encode())
-    if isinstance(value, dict):
-        return sum(len(name) + _bytes_in(item) for name, item in value.items())
-    if isinstance(value, list):
-        return sum(map(_bytes_in, value))
-    return 1 if value is not None else 0
+def _calls(given: Mapping[str, Any], path: str, role: Role) -> int:
+    """Check the calls an assistant made earlier; the bytes a model reads of them."""
+    total = 0
+    for name, container in (("tool_calls", list), ("function_call", dict)):
+        value = given.get(name)
+        if value is None:
+            continue
+        if role is not Role.ASSISTANT:
+            _bad(f"{path}.{name}", "belongs to assistant messages only")
+        if not isinstance(value, container) or not value:
+            _bad(f"{path}.{name}", "is not a non-empty " + ("array" if container is list else "object"))
+        total += _encoded_bytes(value)
+    for index, call in enumerate(given.get("tool_calls") or ()):
+        where = f"{path}.tool_calls[{index}]"
+        if not isinstance(call, dict):
+            _bad(where, "is not an object")
+        if not isinstance(call.get("id"), str) or not call["id"]:
+            _bad(f"{where}.id", "is not a non-empty string")
+        kind = call.get("type", "function")
+        # A tuple, not a set: the caller may send a list here, and a list has no hash.
+        if kind not in ("function", "custom") or not isinstance(call.get(kind), dict):
+            _bad(f"{where}.type", "is not function or custom, with the object of that name")
+        if not isinstance(call[kind].get("name"), str):
+            _bad(f"{where}.{kind}.name", "is not a string")
+        body = "arguments" if kind == "function" else "input"
+        if not isinstance(call[kind].get(body), str):
+            _bad(f"{where}.{kind}.{body}", "is not a string")
+    return total
 
 
-def _stop(fields: _Fields) -> None:
-    stop = fields.members.get("stop", [])
-    texts = [stop] if isinstance(stop, str) else stop
-    if not isinstance(texts, list) or len(texts) > _STOP_MAX or not all(isinstance(text, str) for text in texts):
-        raise _refuse("stop", f"must be text or a list of at most {_STOP_MAX} texts")
+def _part(given: Any, path: str, limits: ChatLimits) -> str | None:
+    """The text of a part, or ``None`` for media."""
+    if not isinstance(given, dict):
+        _bad(path, "is not an object")
+    match given.get("type"):
+        case "text" | "refusal" as kind:
+            text = given.get(kind)
+            if not isinstance(text, str):
+                _bad(f"{path}.{kind}", "is not a string")
+            return text
+        case "image_url" | "video_url" | "audio_url" as kind:
+            source = given.get(kind)
+            if not isinstance(source, dict):
+                _bad(f"{path}.{kind}", "is not an object")
+            _media_url(source.get("url"), f"{path}.{kind}.url", limits)
+            return None
+        case "input_audio" as kind:
+            sound = given.get(kind)
+            if not isinstance(sound, dict) or not isinstance(sound.get("data"), str):
+                _bad(f"{path}.{kind}.data", "is not a string")
+            return None
+        case _:
+            # An unknown part could name a URL for the provider to fetch, past the check above.
+            _bad(f"{path}.type", "is not one of text, refusal, image_url, video_url, audio_url, input_audio")
 
 
-def _ceilings(fields: _Fields) -> Ceilings | None:
-    names = ("max_input_price_per_million", "max_output_price_per_million")
-    present = [name for name in names if name in fields.members]
-    if not present:
-        return None
-    for name in names:
-        if name not in present:
-            raise _refuse(name, "must be set together with the other price ceiling")
-    cents: Callable[[str], int] = lambda name: fields.whole(name, 0, _PRICE_CENTS_MAX, 0)  # noqa: E731
-    return Ceilings(cents(names[0]), cents(names[1]))
+def _media_url(url: Any, path: str, limits: ChatLimits) -> None:
+    allowed = ("data:", "https://") if limits.remote_media else ("data:",)
+    if not isinstance(url, str) or not url.startswith(allowed):
+        _bad(path, "is not a URL starting with " + " or ".join(allowed))

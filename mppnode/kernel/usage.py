@@ -1,4 +1,4 @@
-"""Token counts of one response."""
+"""How many tokens a response took, as plain counts."""
 
 from __future__ import annotations
 
@@ -7,19 +7,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens as providers report them: ``cached_prompt`` is part of ``prompt``, ``reasoning`` of ``completion``."""
+    """Token counts of one response. ``cached_prompt`` is part of ``prompt`` and is never larger.
+
+    ``reasoning`` is informational: providers disagree on whether it is part of ``completion``, so it never enters a
+    price. Source: the ``usage`` object of the OpenAI chat completion API.
+    """
 
     prompt: int = 0
     cached_prompt: int = 0
     completion: int = 0
     reasoning: int = 0
-
-    def to_json(self) -> dict[str, object]:
-        """The OpenAI ``usage`` object."""
-        return {
-            "prompt_tokens": self.prompt,
-            "completion_tokens": self.completion,
-            "total_tokens": self.prompt + self.completion,
-            "prompt_tokens_details": {"cached_tokens": self.cached_prompt},
-            "completion_tokens_details": {"reasoning_tokens": self.reasoning},
-        }

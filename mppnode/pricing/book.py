@@ -1,75 +1,135 @@
-"""What models cost, in integer pico-dollars per token, and the unit a challenge quotes.
-
-One US dollar per million tokens is exactly 1,000,000 pico-dollars per token, so every public price list is exact here.
-"""
+"""What a model costs: exact integer rates, and the unit a challenge quotes them in."""
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Final
 
-from channels.units import Pico, Units, units_ceil
+from channels.units import Pico, Units, format_decimal, units_ceil
+from mppnode.config.rates import parse_rate
 from mppnode.kernel.faults import NodeFault, NodeReason
-from mppnode.kernel.models import Model, Rates
 from mppnode.kernel.usage import Usage
 
-USUAL_PROMPT_TOKENS: Final = 512
-FIRST_WINDOW_TOKENS: Final = 64
-_UNIT_TOKENS: Final = (1, 10, 100, 1_000, 10_000, 100_000, 1_000_000)
+__all__ = ["Model", "PriceBook", "QuotedUnit", "Rates", "choose_unit", "describe", "parse_rate", "price"]
+
+_VERSION_DIGITS: Final = 12  # 48 bits of hash: enough to tell the price lists of one node apart, short enough to read
 _NEAR_MAX: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
+class Rates:
+    """Pico-dollars per token, and the version that names exactly these numbers."""
+
+    input: Pico
+    cached_input: Pico
+    output: Pico
+    version: str = field(init=False)
+    """Derived, never given: two price lists with one version could be billed as each other."""
+
+    def __post_init__(self) -> None:
+        if min(self.input, self.cached_input, self.output) < 0:
+            raise ValueError("a rate is negative")
+        text = f"pico-per-token:{self.input}:{self.cached_input}:{self.output}"
+        object.__setattr__(self, "version", hashlib.sha256(text.encode()).hexdigest()[:_VERSION_DIGITS])
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model at one provider, and what the node charges for it. ``context`` and ``max_output`` are tokens."""
+
+    id: str
+    provider: str
+    upstream_model: str
+    rates: Rates
+    context: int
+    max_output: int
+
+
+class PriceBook:
+    """Every model the node sells. A model that is not in it cannot be priced, so it is not served."""
+
+    def __init__(self, models: Iterable[Model]) -> None:
+        self._offers: dict[str, tuple[Model, ...]] = {}
+        for model in models:
+            known = self._offers.get(model.id, ())
+            if any(offer.provider == model.provider for offer in known):
+                raise ValueError("one provider offers the same model twice")
+            self._offers[model.id] = (*known, model)
+
+    def __iter__(self) -> Iterator[Model]:
+        return (offer for offers in self._offers.values() for offer in offers)
+
+    def offers(self, model_id: str) -> tuple[Model, ...]:
+        """Every provider's offer of a model, in the order of the configuration.
+
+        Raises:
+            NodeFault: ``UNKNOWN_MODEL`` with up to three near names; they are ours, so they may be shown.
+        """
+        found = self._offers.get(model_id)
+        if found is None:
+            near = get_close_matches(model_id, self._offers, n=_NEAR_MAX)
+            hint = f"; did you mean {', '.join(near)}?" if near else ""
+            raise NodeFault(NodeReason.UNKNOWN_MODEL, field="model", detail=f"is not sold here{hint}")
+        return found
+
+    def lookup(self, model_id: str) -> Model:
+        """The first offer of a model. Raises as :meth:`offers` does."""
+        return self.offers(model_id)[0]
+
+
+def price(usage: Usage, rates: Rates) -> Pico:
+    """The exact price of ``usage`` in pico-dollars. Reasoning tokens are paid as the output they are part of."""
+    assert 0 <= usage.cached_prompt <= usage.prompt
+    fresh = usage.prompt - usage.cached_prompt
+    return Pico(fresh * rates.input + usage.cached_prompt * rates.cached_input + usage.completion * rates.output)
+
+
+@dataclass(frozen=True, slots=True)
 class QuotedUnit:
-    """What a challenge's integer ``amount`` buys: ``tokens`` output tokens for ``amount`` base units."""
+    """The unit a session challenge quotes: ``amount`` base units buy ``tokens`` output tokens, rounded up."""
 
     tokens: int
     unit_type: str
     amount: Units
 
 
-def price(usage: Usage, rates: Rates) -> Pico:
-    """The exact price of a usage, in pico-dollars; nothing is rounded here."""
-    fresh = usage.prompt - usage.cached_prompt
-    return Pico(fresh * rates.input + usage.cached_prompt * rates.cached_input + usage.completion * rates.output)
+def choose_unit(rates: Rates, *, usual_prompt_tokens: int, first_window_tokens: int) -> QuotedUnit:
+    """The smallest power-of-ten unit whose amount pays for a usual prompt and the first window of output.
 
+    A payer's first voucher is for one unit. If it covers what the first bytes need, the stream starts without another
+    round trip; quoting per token would always cost one. Only the quote is rounded (up); charges stay exact.
 
-def quote_unit(rates: Rates) -> QuotedUnit:
-    """The smallest power-of-ten unit of output tokens that covers a usual prompt and the first window.
+    Raises:
+        ValueError: when the model is free, because a free model has nothing to quote.
 
-    A voucher for one unit then starts a request without another round trip; a larger unit would make small requests
-    authorise more than they need. Rounded up because the wire wants an integer; what is charged is exact.
+    Source: draft-tempo-session, ``amount`` and ``unitType`` of the challenge request.
     """
-    usual = USUAL_PROMPT_TOKENS * rates.input + FIRST_WINDOW_TOKENS * rates.output
-    for tokens in _UNIT_TOKENS:
-        if tokens * rates.output >= usual or tokens == _UNIT_TOKENS[-1]:
-            amount = max(units_ceil(tokens * rates.output), Units(1))
-            return QuotedUnit(tokens, "token" if tokens == 1 else f"{tokens} tokens", amount)
-    raise AssertionError("the last unit always matches")
+    each = rates.output or rates.input
+    if not each:
+        raise ValueError("a free model has no quoted unit")
+    need = price(Usage(prompt=usual_prompt_tokens, completion=first_window_tokens), rates)
+    tokens = 1
+    while tokens * each < max(need, 1):
+        tokens *= 10
+    return QuotedUnit(
+        tokens=tokens,
+        unit_type="token" if tokens == 1 else f"{tokens}-tokens",
+        amount=units_ceil(tokens * each),
+    )
 
 
-class PriceBook:
-    """The models this node sells. An unknown model has no price and is not served."""
+def describe(rates: Rates) -> str:
+    """The exact rates as one ASCII sentence, for the description of a challenge."""
+    return (
+        f"USD per million tokens: input {_dollars(rates.input)}, cached input {_dollars(rates.cached_input)}, "
+        f"output {_dollars(rates.output)}; charged exactly, price version {rates.version}."
+    )
 
-    def __init__(self, models: Iterable[Model]) -> None:
-        self._models = {model.id: model for model in models}
 
-    @property
-    def models(self) -> tuple[Model, ...]:
-        """Every model, in configuration order."""
-        return tuple(self._models.values())
-
-    def find(self, model: str) -> Model:
-        """The model of that id.
-
-        Raises:
-            NodeFault: ``UNKNOWN_MODEL``, naming up to three similar ids that exist.
-        """
-        found = self._models.get(model)
-        if found is None:
-            near = difflib.get_close_matches(model, self._models, n=_NEAR_MAX)
-            hint = f"; similar: {', '.join(near)}" if near else ""
-            raise NodeFault(NodeReason.UNKNOWN_MODEL, field="model", detail=f"is not served here{hint}")
-        return found
+def _dollars(rate: Pico) -> str:
+    """``500000 -> "0.50"``: six places, without the zeros that say nothing."""
+    whole, _, fraction = format_decimal(rate).partition(".")
+    return f"{whole}.{fraction.rstrip('0').ljust(2, '0')}"

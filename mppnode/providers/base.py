@@ -1,0 +1,140 @@
+"""What the engine knows of a provider: bytes that arrive, chunks they become, and one kind of fault.
+
+Three seams. A :class:`Transport` moves bytes and knows no JSON; a :class:`ChunkDecoder` knows JSON and no sockets; the
+engine is the :class:`Sink` between them. The sink is called from inside the socket's own callback on purpose: an async
+iterator would cost a wake-up of a task per token, which is most of what a relay's CPU goes to.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from mppnode.kernel.usage import Usage
+
+FaultKind = Literal["connect", "timeout", "protocol", "closed", "status", "error"]
+"""``connect``: never reached. ``timeout``: too slow. ``protocol``: sent what we cannot read. ``closed``: hung up early.
+``status``: answered with a status that is not success. ``error``: answered 200 and reported a failure inside."""
+
+
+class UpstreamFault(Exception):
+    """A provider failed us. ``detail`` is always our own words: an upstream's text may quote its key or the prompt."""
+
+    def __init__(self, kind: FaultKind, *, detail: str = "", status: int | None = None) -> None:
+        self.kind: FaultKind = kind
+        self.detail = detail
+        self.status = status
+        super().__init__(self.message)
+
+    @property
+    def message(self) -> str:
+        """One line for logs and for the list of attempts in an error answer."""
+        text = f"{self.kind}: {self.detail}" if self.detail else self.kind
+        return text if self.status is None else f"{text} (status {self.status})"
+
+
+@dataclass(slots=True)
+class Chunk:
+    """One server-sent event of a stream, ready to forward.
+
+    Not frozen: a frozen dataclass assigns through ``object.__setattr__``, and this is built once per token.
+    """
+
+    frame: bytes
+    """``data: {...}`` plus a blank line, one line of JSON; empty when there is nothing to forward."""
+    tokens: int = 0
+    """Output tokens this event is counted as."""
+    usage: Usage | None = None
+    """The provider's cumulative report, when the event carries a plausible one."""
+    error: str | None = None
+    """A fixed word of ours when the provider reported a failure inside its stream."""
+    done: bool = False
+    """Whether this is the provider's end marker."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamRequest:
+    """One HTTP request to a provider. Its text form shows neither headers (they hold the key) nor body (the prompt)."""
+
+    method: str
+    url: str
+    headers: tuple[tuple[str, str], ...] = field(repr=False)
+    body: bytes = field(repr=False)
+
+
+class Sink(Protocol):
+    """Receives one response. Called synchronously from the socket's callback: neither method may raise or block."""
+
+    def on_body(self, data: bytes) -> None:
+        """Take the body bytes of one read; never empty."""
+        ...
+
+    def on_end(self, error: UpstreamFault | None) -> None:
+        """Learn that no more bytes follow; called exactly once, unless the response was cancelled."""
+        ...
+
+
+class UpstreamResponse(Protocol):
+    """A response whose headers have arrived and whose body is still on its way."""
+
+    @property
+    def status(self) -> int:
+        """The HTTP status."""
+        ...
+
+    @property
+    def headers(self) -> tuple[tuple[str, str], ...]:
+        """Pairs as they came, names in lower case."""
+        ...
+
+    def attach(self, sink: Sink) -> None:
+        """Send the body to ``sink`` from now on; what has already arrived follows in the loop's next turn."""
+        ...
+
+    def pause(self) -> None:
+        """Stop reading from the provider; a read already in progress may still be delivered."""
+        ...
+
+    def resume(self) -> None:
+        """Read from the provider again."""
+        ...
+
+    def cancel(self) -> None:
+        """Close the connection at once; the sink hears nothing more. Harmless when the response has ended."""
+        ...
+
+    async def read(self, limit: int) -> bytes:
+        """Return the whole body, of at most ``limit`` bytes; instead of :meth:`attach`.
+
+        Raises:
+            UpstreamFault: ``protocol`` when the body is longer, otherwise what ended the response early.
+        """
+        ...
+
+
+class Transport(Protocol):
+    """Opens HTTP exchanges with providers."""
+
+    async def open(self, request: UpstreamRequest) -> UpstreamResponse:
+        """Send ``request`` and return when the response's headers are in, whatever the status.
+
+        Raises:
+            UpstreamFault: ``connect``, ``timeout``, ``protocol`` or ``closed``.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Close every connection; responses that are still open end with ``closed``."""
+        ...
+
+
+class ChunkDecoder(Protocol):
+    """Cuts a provider's byte stream into chunks; the result does not depend on how the bytes were split."""
+
+    def feed(self, data: bytes) -> list[Chunk]:
+        """Return the chunks that ``data`` completes.
+
+        Raises:
+            UpstreamFault: ``protocol``; whatever else the same read contained is dropped with it.
+        """
+        ...
