@@ -39,6 +39,14 @@ class Receipt:
     logs: tuple[Log, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """A transaction the chain has included, and what the escrow says of its channel from that block on."""
+
+    tx_hash: Hash32
+    chain: ChainSnapshot
+
+
 class Fate(StrEnum):
     """What is known of a transaction that has no receipt."""
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 from types import MappingProxyType
 from typing import Final, Generic, NewType, TypeVar
 
-from channels.descriptor import ChainSnapshot, Descriptor, Escrow
+from channels.descriptor import ChainSnapshot, Descriptor, Escrow, SessionProtocol
 from channels.ids import ChannelId, Hash32
 from channels.instants import UnixSeconds
 from channels.units import PICO_PER_UNIT, Pico, Units
@@ -108,9 +108,13 @@ class Account:
     def capturable(self) -> Units:
         """What the chain may be asked to pay in total: consumption, never permission.
 
-        ``owed`` may have fallen below ``spent`` through a credit; the credit belongs to the payer.
+        ``owed`` may have fallen below ``spent`` through a credit; the credit belongs to the payer. The v1 escrow pays
+        a voucher in full, so there it is the greatest rung that is not above consumption.
         """
-        return Units(max(min(self.spent, self.owed_pico // PICO_PER_UNIT), self.chain.settled))
+        earned = min(self.spent, self.owed_pico // PICO_PER_UNIT)
+        if self.escrow.protocol is SessionProtocol.V1:
+            earned = max((rung.cumulative for rung in self.ladder if rung.cumulative <= earned), default=0)
+        return Units(max(earned, self.chain.settled))
 
 
 # --------------------------------------------------------------------------------------------------------- commands

@@ -20,6 +20,7 @@ from channels.faults import Reason
 from channels.units import Pico
 from channels.wire import sse
 from mppnode.engine.sink import Sink
+from mppnode.kernel.usage import Usage
 from mppnode.metering.tally import Tally
 from mppnode.providers.base import Chunk, ChunkDecoder, UpstreamFault, UpstreamResponse
 from mppnode.rails.tab import SessionTab
@@ -86,6 +87,7 @@ class PaidStream:
         self._ending: asyncio.Future[Ending] = self._loop.create_future()
         self.first_chunk: bytes | None = None
         self.error: UpstreamFault | None = None
+        self.usage_sent = False
 
     # ------------------------------------------------------------------------------------------------- life cycle
 
@@ -167,9 +169,9 @@ class PaidStream:
                     break
                 tally.tokens += chunk.tokens
                 self._written_pico = total
-            if chunk.usage is not None:
-                tally.report = chunk.usage
             pending.popleft()
+            if chunk.usage is not None and not self._take_usage(chunk.usage) and b'"choices":[]' in chunk.frame:
+                continue  # a report nobody should believe; the node writes its own at the end
             if chunk.frame:
                 frames.append(chunk.frame)
         if frames and self.first_chunk is None:
@@ -185,6 +187,11 @@ class PaidStream:
             self._sink.write(b"".join(frames) if len(frames) > 1 else frames[0])
             self._silent_since = self._loop.time()
         self._settle(finished=finished)
+
+    def _take_usage(self, usage: Usage) -> bool:
+        self._tally.report = usage
+        self.usage_sent = self._tally.believes(usage)
+        return self.usage_sent
 
     def _settle(self, *, finished: bool) -> None:
         """Decide what happens after a pump: end, pause, resume, or wait for the next read."""

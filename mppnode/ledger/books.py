@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from channels.account import plan
+from channels.faults import ChannelFault, Reason
 from channels.ids import ChannelId
 from channels.model import Account, Command, Event, Outcome, Phase, Plan, ReleaseOrphans
 from channels.policy import Policy
@@ -28,6 +29,17 @@ class Books:
         """
         now, policy = self._clock.now(), self._policy
         return await self._store.transact(channel, lambda account: plan(account, command, now=now, policy=policy))
+
+    def require_deposit(self, deposit: int) -> None:
+        """Refuse a deposit below the policy before anything is broadcast for it. Raises ``DEPOSIT_TOO_SMALL``."""
+        if deposit < self._policy.deposit_units_min:
+            raise ChannelFault(
+                Reason.DEPOSIT_TOO_SMALL,
+                field="deposit",
+                detail="is too small",
+                deposit=deposit,
+                least=self._policy.deposit_units_min,
+            )
 
     async def load(self, channel: ChannelId) -> Account | None:
         """The last committed account. Raises ``STORE_UNAVAILABLE``."""

@@ -12,8 +12,7 @@ from typing import Final
 
 from channels.units import Pico
 from mppnode.kernel.usage import Usage
-from mppnode.kernel.models import Rates
-from mppnode.pricing.book import price
+from mppnode.pricing.book import Rates, price
 
 PROMPT_BYTES_PER_TOKEN_CHARGED: Final = 6
 PROMPT_BYTES_PER_TOKEN_HELD: Final = 3
@@ -59,19 +58,20 @@ class Tally:
 
     def usage(self) -> Usage:
         """The provider's report where it is believable, else our own count."""
-        if self.report is not None and self._plausible(self.report):
+        if self.report is not None and self.believes(self.report):
             return self.report
         return Usage(prompt=prompt_tokens_charged(self._prompt_bytes), completion=self.tokens)
 
     def total(self) -> Pico:
-        """The exact price of the finished response."""
-        return price(self.usage(), self._rates) if self.tokens or self.report else Pico(0)
+        """The exact price of the finished response; a response without a single token costs nothing."""
+        usage = self.usage()
+        return price(usage, self._rates) if usage.completion else Pico(0)
 
-    def _plausible(self, report: Usage) -> bool:
+    def believes(self, report: Usage) -> bool:
+        """Whether a usage report can be true of what was seen."""
         # A report that claims far more than was seen would let a broken or hostile upstream bill our payers.
-        completion_max = self.tokens * _COMPLETION_PLAUSIBLE_FACTOR + report.reasoning
         return (
-            report.completion <= completion_max
+            report.completion <= self.tokens * _COMPLETION_PLAUSIBLE_FACTOR + report.reasoning
             and report.reasoning <= report.completion
             and report.prompt <= self._prompt_bytes + 4096  # a byte is at most a token; chat templates add some
         )

@@ -1,17 +1,16 @@
-"""What the session rail needs from the rooms beside it, as protocols: they are joined in ``app.py``."""
+"""What the session rail sells and what it needs from the rooms beside it; they are joined in ``app.py``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
-from channels.descriptor import ChainSnapshot, Descriptor, Escrow
-from channels.ids import Hash32
+from channels.chain import Confirmed
+from channels.descriptor import ChainSnapshot, Escrow
 from channels.model import Account
-from channels.units import Units
+from channels.verify import VerifiedOpen
 from channels.wire.credential import OpenPayload, TopUpPayload
-from mppnode.kernel.models import Model
-from mppnode.pricing.book import QuotedUnit
+from mppnode.pricing.book import Model, QuotedUnit
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,21 +21,10 @@ class Offer:
     model: Model
     unit: QuotedUnit
 
-
-@dataclass(frozen=True, slots=True)
-class InspectedOpen:
-    """A decoded and statically verified open: nothing has been broadcast."""
-
-    descriptor: Descriptor
-    deposit: Units
-
-
-@dataclass(frozen=True, slots=True)
-class Confirmed:
-    """A transaction the chain has included, and the channel's state at its block."""
-
-    tx_hash: Hash32
-    chain: ChainSnapshot
+    @property
+    def scope(self) -> dict[str, str]:
+        """What a challenge binds besides its price: a credential for one route or model buys no other."""
+        return {"route": self.route, "model": self.model.id, "price": self.model.rates.version}
 
 
 class ChainIntents(Protocol):
@@ -46,11 +34,11 @@ class ChainIntents(Protocol):
     ``CHAIN_UNAVAILABLE`` means surely nothing happened, ``CHAIN_OUTCOME_UNKNOWN`` that something may have.
     """
 
-    def inspect_open(self, escrow: Escrow, payload: OpenPayload) -> InspectedOpen:
+    def inspect_open(self, escrow: Escrow, payload: OpenPayload) -> VerifiedOpen:
         """Check an open as far as it can be checked without the chain."""
         ...
 
-    async def open(self, escrow: Escrow, payload: OpenPayload, inspected: InspectedOpen) -> Confirmed:
+    async def open(self, escrow: Escrow, payload: OpenPayload, opened: VerifiedOpen) -> Confirmed:
         """Broadcast an inspected open once and wait for it."""
         ...
 

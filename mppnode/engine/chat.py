@@ -1,0 +1,346 @@
+"""One paid chat request, start to finish: price it, reserve for it, call the provider, deliver, charge, receipt."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from channels.model import Account
+from channels.units import Pico
+from channels.wire import sse
+from channels.wire.receipt import SessionReceipt
+from mppnode.engine import frames
+from mppnode.engine.sink import Sink
+from mppnode.engine.stream import Ending, PaidStream, StreamLimits
+from mppnode.kernel.clock import Clock
+from mppnode.kernel.faults import Attempt, NodeFault, NodeReason
+from mppnode.kernel.requests import NODE_ONLY, ChatRequest
+from mppnode.kernel.tasks import TaskOwner
+from mppnode.kernel.usage import Usage
+from mppnode.metering.tally import Tally, prompt_tokens_charged, prompt_tokens_held
+from mppnode.observe.logs import Log
+from mppnode.pricing.book import Model, PriceBook, choose_unit, price
+from mppnode.providers.base import Transport, UpstreamFault, UpstreamResponse
+from mppnode.providers.openai_compatible import OpenAIChunkDecoder, decode_completion, encode_request
+from mppnode.rails.base import Offer
+from mppnode.rails.live import LiveChannels
+from mppnode.rails.presented import Presented
+from mppnode.rails.session import Need, SessionRail
+from mppnode.rails.tab import SessionTab
+
+_USUAL_PROMPT_TOKENS: Final = 512
+_FIRST_WINDOW_TOKENS: Final = 64
+_COMPLETION_BYTES_MAX: Final = 16 * 1024 * 1024
+_BYTES_PER_TOKEN: Final = 6  # under-estimate of an unreported completion, as for prompts
+_OK: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Upstream:
+    """Where a provider is and how to authenticate; the key is called for only when a request is built."""
+
+    base_url: str
+    api_key: Callable[[], str | None]
+
+
+class ChatEngine:
+    """Serves chat requests against payment channels."""
+
+    def __init__(
+        self,
+        *,
+        book: PriceBook,
+        default_model: str,
+        upstreams: Mapping[str, Upstream],
+        transport: Transport,
+        rail: SessionRail,
+        live: LiveChannels,
+        owner: TaskOwner,
+        clock: Clock,
+        limits: StreamLimits,
+        streams_max: int,
+        log: Log,
+    ) -> None:
+        self._book = book
+        self._default = default_model
+        self._upstreams = upstreams
+        self._transport = transport
+        self._rail = rail
+        self._live = live
+        self._owner = owner
+        self._clock = clock
+        self._limits = limits
+        self._streams_max = streams_max
+        self._log = log
+        self._running = 0
+        self._stopping = False
+
+    def offer(self, route: str, model: str | None) -> Offer:
+        """What a request for ``model`` is sold for; without one, what a usual request on this route is.
+
+        Raises:
+            NodeFault: ``UNKNOWN_MODEL``.
+        """
+        found = self._book.lookup(model if model is not None else self._default)
+        unit = choose_unit(
+            found.rates, usual_prompt_tokens=_USUAL_PROMPT_TOKENS, first_window_tokens=_FIRST_WINDOW_TOKENS
+        )
+        return Offer(route, found, unit)
+
+    def stop(self) -> None:
+        """Take no new requests; running ones go on."""
+        self._stopping = True
+
+    def require_room(self) -> None:
+        """Refuse before any money moves when the node could not serve. Raises ``OVERLOADED``, ``SHUTTING_DOWN``."""
+        if self._stopping:
+            raise NodeFault(NodeReason.SHUTTING_DOWN, detail="the node is shutting down", retry_after_s=5)
+        if self._running >= self._streams_max:
+            raise NodeFault(NodeReason.OVERLOADED, detail="too many live requests", retry_after_s=1)
+
+    async def start(self, presented: Presented, account: Account, chat: ChatRequest, offer: Offer) -> PaidChat:
+        """Reserve for a request and get its provider's answer; nothing has been charged when this returns.
+
+        Raises:
+            ChannelFault: the reservation was refused.
+            NodeFault: ``ALL_PROVIDERS_FAILED`` or ``PROVIDER_TIMEOUT``; the reservation is released.
+        """
+        need = _need(chat, offer.model)
+        tab = await self._rail.open_tab(presented, account, need, offer.unit.amount)
+        run = PaidChat(self, tab, Tally(offer.model.rates, prompt_bytes=chat.prompt_bytes), chat)
+        self._running += 1
+        self._live.on_supersede(tab, run.supersede)
+        try:
+            run.upstream = await self._connect(chat, offer.model)
+        except BaseException:
+            # Also on cancellation: the hold must not outlive its request, and the owner finishes even if we are cut off.
+            release = self._owner.start(run.settle(Pico(0), Ending.UPSTREAM_FAILED), name="release hold")
+            await asyncio.wait({release})
+            raise
+        return run
+
+    async def _connect(self, chat: ChatRequest, model: Model) -> UpstreamResponse:
+        upstream = self._upstreams[model.provider]
+        body = _upstream_body(chat, model)
+        request = encode_request(body, base_url=upstream.base_url, api_key=upstream.api_key())
+        try:
+            async with asyncio.timeout(chat.timeout_ms / 1000):
+                response = await self._transport.open(request)
+        except TimeoutError:
+            attempt = Attempt(model.provider, "timeout")
+            raise NodeFault(NodeReason.PROVIDER_TIMEOUT, detail="the provider was too slow", attempts=(attempt,)) from None
+        except UpstreamFault as fault:
+            attempt = Attempt(model.provider, fault.kind, fault.status)
+            raise _all_failed(attempt) from None
+        if response.status != _OK:
+            response.cancel()
+            raise _all_failed(Attempt(model.provider, "status", response.status))
+        return response
+
+    async def ended(self, run: PaidChat, total: Pico, ending: Ending) -> None:
+        """Settle a request's bill and forget it."""
+        try:
+            await run.tab.finish(total)
+        finally:
+            self._running -= 1
+            self._rail.done(run.tab)
+            account = run.tab.account
+            self._log(
+                "request.ended",
+                channel="0x" + account.id.hex(),
+                ending=ending.value,
+                tokens=run.tally.tokens,
+                charged_pico=int(total),
+                spent=account.spent,
+                accepted=account.accepted,
+                version=account.version,
+            )
+
+    @property
+    def limits(self) -> StreamLimits:
+        """How long streams wait."""
+        return self._limits
+
+    @property
+    def clock(self) -> Clock:
+        """The node's clock."""
+        return self._clock
+
+    @property
+    def owner(self) -> TaskOwner:
+        """Who owns the tasks of running requests."""
+        return self._owner
+
+
+class PaidChat:
+    """A running request: its bill, its provider, and how it ends."""
+
+    def __init__(self, engine: ChatEngine, tab: SessionTab, tally: Tally, chat: ChatRequest) -> None:
+        self.tab = tab
+        self.tally = tally
+        self.upstream: UpstreamResponse | None = None
+        self._engine = engine
+        self._chat = chat
+        self._stream: PaidStream | None = None
+        self._superseded = False
+        self._settled = asyncio.Event()
+
+    def receipt(self, *, final: bool = False) -> SessionReceipt:
+        """The receipt as of the last committed state; a final one counts this request's tokens."""
+        usage = self.tally.usage()
+        tokens = usage.prompt + usage.completion if final else None
+        return self.tab.receipt(self._engine.clock.now_millis(), tokens=tokens)
+
+    async def supersede(self) -> None:
+        """End this request for a newer one or for a close, and return when its bill is settled."""
+        self._superseded = True
+        if self._stream is not None:
+            self._stream.supersede()
+        elif self.upstream is not None:
+            self.upstream.cancel()
+        await self._settled.wait()
+
+    async def abandon(self) -> None:
+        """Give a request up whose client left before anything was sent: nothing is charged."""
+        if self.upstream is not None:
+            self.upstream.cancel()
+        release = self._engine.owner.start(self.settle(Pico(0), Ending.DISCONNECTED), name="release hold")
+        await asyncio.wait({release})
+
+    async def settle(self, total: Pico, ending: Ending) -> None:
+        """Charge the final total, once."""
+        try:
+            await self._engine.ended(self, total, ending)
+        finally:
+            self._settled.set()
+
+    # --------------------------------------------------------------------------------------------------- streaming
+
+    async def stream(self, sink: Sink) -> None:
+        """Deliver the response as events and end it with its receipt; survives the cancellation of its caller.
+
+        Cancelling means that the client is gone: the upstream is closed and the bill settled all the same.
+        """
+        assert self.upstream is not None
+        self._stream = PaidStream(
+            upstream=self.upstream,
+            decoder=OpenAIChunkDecoder(),
+            tab=self.tab,
+            tally=self.tally,
+            sink=sink,
+            limits=self._engine.limits,
+        )
+        if self._superseded:
+            self._stream.supersede()
+        task = self._engine.owner.start(self._deliver(self._stream, sink), name="stream")
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            self._stream.abandon()
+            raise
+        task.result()
+
+    async def _deliver(self, stream: PaidStream, sink: Sink) -> None:
+        ending = await stream.run()
+        if ending not in (Ending.DISCONNECTED, Ending.STALLED) and not await stream.drained():
+            ending = Ending.STALLED
+        await self.settle(stream.final_total(ending), ending)
+        if not sink.gone():
+            sink.write(b"".join(self._last_frames(stream, ending)))
+
+    def _last_frames(self, stream: PaidStream, ending: Ending) -> list[bytes]:
+        first, last = stream.first_chunk, []
+        match ending:
+            case Ending.UPSTREAM_FAILED:
+                last.append(frames.error_frame(first, "the provider failed before the response was complete"))
+            case Ending.UNPAID | Ending.SUPERSEDED | Ending.CLOSED:
+                last.append(frames.finish_frame(first, ending.value))
+            case Ending.COMPLETE | Ending.STALLED | Ending.DISCONNECTED:
+                pass
+        if not (ending is Ending.COMPLETE and stream.usage_sent):
+            last.append(frames.usage_frame(first, self.tally.usage()))
+        return [*last, sse.receipt_frame(self.receipt(final=True)), sse.DONE]
+
+    # --------------------------------------------------------------------------------------------------- buffered
+
+    async def complete(self) -> tuple[bytes, SessionReceipt]:
+        """The whole response as one JSON object with ``usage``, charged by its usage.
+
+        Raises:
+            NodeFault: ``ALL_PROVIDERS_FAILED`` or ``PROVIDER_TIMEOUT``; nothing was charged.
+        """
+        task = self._engine.owner.start(self._complete(), name="completion")
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            if self.upstream is not None:
+                self.upstream.cancel()
+            task.cancel()
+            raise
+        return task.result()
+
+    async def _complete(self) -> tuple[bytes, SessionReceipt]:
+        total, ending = Pico(0), Ending.UPSTREAM_FAILED
+        try:
+            document = await self._read()
+            total, ending = Pico(min(self.tally.total(), self.tab.granted)), Ending.COMPLETE
+        finally:
+            await self.settle(total, ending)
+        document["usage"] = document.get("usage") or frames.usage_json(self.tally.usage())
+        return orjson.dumps(document), self.receipt(final=True)
+
+    async def _read(self) -> dict[str, Any]:
+        assert self.upstream is not None
+        try:
+            async with asyncio.timeout(self._chat.timeout_ms / 1000):
+                document, usage = decode_completion(await self.upstream.read(_COMPLETION_BYTES_MAX))
+        except TimeoutError:
+            self.upstream.cancel()
+            raise NodeFault(NodeReason.PROVIDER_TIMEOUT, detail="the provider was too slow") from None
+        except UpstreamFault as fault:
+            raise NodeFault(NodeReason.ALL_PROVIDERS_FAILED, detail=f"the provider failed: {fault.kind}") from None
+        choices = document.get("choices")
+        if not isinstance(choices, list) or not choices:
+            raise NodeFault(NodeReason.ALL_PROVIDERS_FAILED, detail="the provider answered without choices")
+        self.tally.tokens = max(1, len(orjson.dumps(choices)) // _BYTES_PER_TOKEN)
+        if usage is not None and self.tally.believes(usage):
+            self.tally.report = usage
+        else:
+            document.pop("usage", None)
+        return document
+
+
+def _need(chat: ChatRequest, model: Model) -> Need:
+    """What to reserve: the prompt over-estimated, and one token or everything, for a stream or a buffered answer."""
+    rates = model.rates
+    prompt = price(Usage(prompt=prompt_tokens_held(chat.prompt_bytes)), rates)
+    charged = price(Usage(prompt=prompt_tokens_charged(chat.prompt_bytes)), rates)
+    if not chat.stream:
+        output = min(chat.max_tokens, model.max_output) * chat.choices * rates.output
+        whole = Pico(max(prompt + output, 1))
+        return Need(floor=whole, want=whole, reserve_pico=0, token_pico=max(rates.output, 1))
+    token = max(rates.output, 1)
+    floor, want = prompt + chat.choices * token, prompt + _FIRST_WINDOW_TOKENS * token
+    return Need(Pico(floor), Pico(max(floor, want)), reserve_pico=prompt - charged, token_pico=token)
+
+
+def _upstream_body(chat: ChatRequest, model: Model) -> dict[str, Any]:
+    """The caller's body with the node's own fields taken out and what the node insists on put in."""
+    body = {name: value for name, value in chat.raw.items() if name not in NODE_ONLY}
+    body |= {"model": model.upstream_model, "stream": chat.stream}
+    bound = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
+    body[bound] = min(chat.max_tokens, model.max_output)
+    if chat.stream:
+        body["stream_options"] = {"include_usage": True}
+    else:
+        body.pop("stream_options", None)
+    return body
+
+
+def _all_failed(attempt: Attempt) -> NodeFault:
+    return NodeFault(NodeReason.ALL_PROVIDERS_FAILED, detail="every provider failed", attempts=(attempt,))
+

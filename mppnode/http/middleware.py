@@ -1,0 +1,75 @@
+"""The fault boundary around every route: no exception becomes an aiohttp page, and no caller can cause a 500."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from channels.faults import ChannelFault
+from mppnode.http.problem import STATUS, error_body, problem_body, retry_headers
+from mppnode.kernel.faults import NodeFault, NodeReason
+from mppnode.observe.logs import Level, Log
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_BY_STATUS = {
+    404: NodeFault(NodeReason.NOT_FOUND, detail="there is no such route"),
+    405: NodeFault(NodeReason.METHOD_NOT_ALLOWED, detail="this route does not take that method"),
+    413: NodeFault(NodeReason.BODY_TOO_LARGE, detail="the body is too large"),
+}
+_BAD_REQUEST = 400
+_INTERNAL = 500
+
+
+def fault_boundary(log: Log) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+    """Build the middleware."""
+
+    @web.middleware
+    async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            return await handler(request)
+        except web.HTTPException as error:
+            return _known(request, error)
+        except (ConnectionError, HttpProcessingError):
+            # The peer broke off or sent a broken body; there is nobody to answer, or nothing more to say.
+            return _render(request, NodeFault(NodeReason.INVALID_FIELD, field="body", detail="could not be read"))
+        except NodeFault as fault:
+            return _render(request, fault)
+        except ChannelFault as fault:
+            body = problem_body(fault, challenge_id=None)
+            return _response(request, STATUS[fault.reason], body, retry_headers(fault))
+        except Exception as error:  # noqa: BLE001 - the boundary: a bug of ours, shown to nobody, logged in full
+            log("request.bug", level=Level.ERROR, path=request.path, error=type(error).__name__, where=_where(error))
+            return _render(request, NodeFault(NodeReason.INTERNAL, detail="the node made a mistake"))
+
+    return boundary
+
+
+def _known(request: web.Request, error: web.HTTPException) -> web.Response:
+    fault = _BY_STATUS.get(error.status)
+    if fault is None:
+        fault = NodeFault(NodeReason.INVALID_FIELD, field="request", detail="could not be read")
+    response = _render(request, fault)
+    if "Allow" in error.headers:
+        response.headers["Allow"] = error.headers["Allow"]
+    return response
+
+
+def _render(request: web.Request, fault: NodeFault) -> web.Response:
+    return _response(request, STATUS[fault.reason], error_body(fault), retry_headers(fault))
+
+
+def _response(request: web.Request, status: int, body: bytes, headers: dict[str, str]) -> web.Response:
+    if request.method == "HEAD":
+        return web.Response(status=status, headers=headers)
+    return web.Response(status=status, body=body, content_type="application/json", headers=headers)
+
+
+def _where(error: BaseException) -> str:
+    """File and line only: messages and locals may hold a prompt or a key."""
+    frames, trace = [], error.__traceback__
+    while trace is not None:
+        frames.append(f"{trace.tb_frame.f_code.co_filename.rpartition('/')[2]}:{trace.tb_lineno}")
+        trace = trace.tb_next
+    return " < ".join(reversed(frames[-6:]))

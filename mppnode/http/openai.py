@@ -1,0 +1,196 @@
+"""``/v1/chat/completions`` for payers with a session credential.
+
+A request with a body asks for content; one without manages its channel. The body is judged before any money moves, so
+a bad request loses nothing; the challenge is judged before the body buys anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from aiohttp import web
+
+from channels.faults import ChannelFault, Reason
+from channels.model import Account
+from channels.units import Units
+from channels.wire import accept_payment
+from channels.wire.challenge import Challenge
+from channels.wire.credential import Envelope, decode_envelope
+from channels.wire.headers import payment_credentials, serialize_challenge
+from channels.wire.receipt import SessionReceipt
+from mppnode.engine.chat import ChatEngine
+from mppnode.http.problem import STATUS, error_body, problem_body, retry_headers
+from mppnode.http.sse import EventStream, small_send_buffer
+from mppnode.kernel.faults import NodeFault
+from mppnode.kernel.requests import ChatLimits, ChatRequest, parse_chat
+from mppnode.ledger.books import Books
+from mppnode.rails.base import Offer
+from mppnode.rails.presented import Presented, is_management
+from mppnode.rails.session import Opened, SessionRail
+
+PATH: Final = "/v1/chat/completions"
+ROUTE: Final = f"POST {PATH}"
+EXPOSED: Final = "WWW-Authenticate, Payment-Receipt, Payment-Session, Payment-Session-Snapshot"
+_PROVEN: Final = frozenset(
+    {Reason.INSUFFICIENT_BALANCE, Reason.CLOSE_BELOW_SPENT, Reason.CREDENTIAL_USED, Reason.VOUCHER_EXCEEDS_DEPOSIT}
+)
+"""Refusals that come only after the voucher's signature was verified: their 402 may show the channel's state."""
+
+
+class ChatSurface:
+    """Bytes to engine calls and back, for the chat route."""
+
+    def __init__(self, *, engine: ChatEngine, rail: SessionRail, books: Books, limits: ChatLimits) -> None:
+        self._engine = engine
+        self._rail = rail
+        self._books = books
+        self._limits = limits
+
+    def routes(self) -> Sequence[web.RouteDef]:
+        """The routes of this surface."""
+        return [
+            web.post(PATH, self.post),
+            web.route("HEAD", PATH, self.post),
+            web.options(PATH, self.options),
+        ]
+
+    async def options(self, _: web.Request) -> web.Response:
+        """A browser's preflight; never charged."""
+        return web.Response(
+            status=204,
+            headers={
+                "Access-Control-Allow-Origin": "*",
+                "Access-Control-Allow-Methods": "POST, HEAD, OPTIONS",
+                "Access-Control-Allow-Headers": "Authorization, Content-Type, Accept-Payment, Payment-Authorization, "
+                "Payment-Session, Idempotency-Key",
+                "Access-Control-Expose-Headers": EXPOSED,
+                "Access-Control-Max-Age": "600",
+            },
+        )
+
+    async def post(self, request: web.Request) -> web.StreamResponse:
+        """Serve content, manage a channel, or say what either costs."""
+        body = b"" if request.method == "HEAD" else await request.read()
+        call = _Call(request, body)
+        try:
+            return await self._serve(call)
+        except ChannelFault as fault:
+            return await self._refuse(call, fault)
+        except NodeFault as fault:
+            return self._fail(call, fault)
+
+    async def _serve(self, call: _Call) -> web.StreamResponse:
+        tokens = payment_credentials(call.credentials)
+        chat = parse_chat(call.body, limits=self._limits) if call.body else None
+        call.offer = offer = self._engine.offer(ROUTE, chat.model if chat else None)
+        if not tokens:
+            raise ChannelFault(Reason.PAYMENT_REQUIRED, detail="this request is paid for; answer the challenge")
+        # The reference server takes the first Payment credential too, and a client never sends two.
+        envelope = decode_envelope(tokens[0])
+        if chat is None or _asks_management(envelope):
+            call.presented = presented = self._rail.read(envelope, None)
+            assert is_management(presented.payload, has_body=chat is not None)
+            return _managed(await self._rail.manage(presented))
+        self._engine.require_room()
+        call.presented = presented = self._rail.read(envelope, offer)
+        call.opened = await self._rail.admit(presented)
+        return await self._content(call, presented, call.opened, chat, offer)
+
+    async def _content(
+        self, call: _Call, presented: Presented, opened: Opened, chat: ChatRequest, offer: Offer
+    ) -> web.StreamResponse:
+        run = await self._engine.start(presented, opened.account, chat, offer)
+        if not chat.stream:
+            body, receipt = await run.complete()
+            headers = {**_paid_headers(receipt), "Cache-Control": "private"}
+            return web.Response(body=body, content_type="application/json", headers=headers)
+        small_send_buffer(call.request.transport)
+        sink = EventStream(call.request, _paid_headers(run.receipt()))
+        try:
+            response = await sink.open()
+        except BaseException:
+            await run.abandon()
+            raise
+        await run.stream(sink)
+        await sink.close()
+        return response
+
+    # ---------------------------------------------------------------------------------------------------- refusals
+
+    async def _refuse(self, call: _Call, fault: ChannelFault) -> web.Response:
+        """A payment refusal: always with a fresh challenge, never with a receipt."""
+        challenges = await self._fresh_challenges(call, fault)
+        headers = {
+            "Cache-Control": "no-store",
+            "WWW-Authenticate": ", ".join(serialize_challenge(challenge) for challenge in challenges),
+            "Access-Control-Allow-Origin": "*",
+            "Access-Control-Expose-Headers": EXPOSED,
+            **retry_headers(fault),
+        }
+        body = problem_body(fault, challenge_id=challenges[0].id if challenges else None)
+        return _answer(call, STATUS[fault.reason], body, "application/problem+json", headers)
+
+    async def _fresh_challenges(self, call: _Call, fault: ChannelFault) -> list[Challenge]:
+        offer = call.offer or self._engine.offer(ROUTE, None)
+        snapshot = None
+        account = await self._proven_account(call, fault)
+        if account is not None:
+            required = fault.numbers.get("required", account.spent + offer.unit.amount)
+            snapshot = self._rail.snapshot(account, Units(required))
+        challenges = self._rail.challenges(offer, snapshot)
+        wanted = call.request.headers.get("Accept-Payment")
+        return accept_payment.choose(challenges, wanted, key=lambda c: (c.method, c.intent)) or challenges
+
+    async def _proven_account(self, call: _Call, fault: ChannelFault) -> Account | None:
+        if call.presented is None or fault.reason not in _PROVEN:
+            return None
+        return await self._books.load(call.presented.payload.channel_id)
+
+    def _fail(self, call: _Call, fault: NodeFault) -> web.Response:
+        headers = retry_headers(fault)
+        if call.opened is not None and call.opened.tx_hash is not None and call.presented is not None:
+            # The one receipt on an error: without it the client forgets the channel it has just opened and funded.
+            headers |= _paid_headers(self._rail.receipt(call.presented, call.opened.account, call.opened.tx_hash))
+        return _answer(call, STATUS[fault.reason], error_body(fault), "application/json", headers)
+
+
+class _Call:
+    """What is known of one request so far; refusals show as much of it as they may."""
+
+    __slots__ = ("body", "credentials", "offer", "opened", "presented", "request")
+
+    def __init__(self, request: web.Request, body: bytes) -> None:
+        self.request = request
+        self.body = body
+        # Clients put the first credential into the advertised header and management ones into Authorization.
+        headers = request.headers
+        self.credentials = headers.getall("Authorization", []) + headers.getall("Payment-Authorization", [])
+        self.offer: Offer | None = None
+        self.presented: Presented | None = None
+        self.opened: Opened | None = None
+
+
+def _asks_management(envelope: Envelope) -> bool:
+    """Whether a credential sent with a body is a close or top-up all the same; vouchers and opens buy content then."""
+    payload = envelope.payload
+    return isinstance(payload, dict) and payload.get("action") in ("close", "topUp")
+
+
+def _managed(receipt: SessionReceipt) -> web.Response:
+    return web.Response(status=204, headers={**_paid_headers(receipt), "Cache-Control": "private, no-store"})
+
+
+def _paid_headers(receipt: SessionReceipt) -> dict[str, str]:
+    return {
+        "Payment-Receipt": receipt.encode(),
+        "Access-Control-Allow-Origin": "*",
+        "Access-Control-Expose-Headers": EXPOSED,
+    }
+
+
+def _answer(call: _Call, status: int, body: bytes, kind: str, headers: Mapping[str, str]) -> web.Response:
+    if call.request.method == "HEAD":
+        return web.Response(status=status, headers=headers)
+    return web.Response(status=status, body=body, content_type=kind, headers=headers)
+

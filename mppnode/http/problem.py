@@ -1,0 +1,126 @@
+"""The one table from reasons to HTTP statuses, and the one body shape for every refusal.
+
+Payment refusals are RFC 9457 problems with the types of the payment drafts; they also carry OpenAI's ``error`` member,
+because that is what SDKs show. Everything else is an OpenAI error alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+import orjson
+
+from channels.faults import ChannelFault, Reason
+from channels.wire.problems import PROBLEMS
+from mppnode.kernel.faults import NodeFault, NodeReason
+
+STATUS: Final[Mapping[Reason | NodeReason, int]] = MappingProxyType(
+    {
+        Reason.PAYMENT_REQUIRED: 402,
+        Reason.MALFORMED_CREDENTIAL: 402,
+        Reason.AMBIGUOUS_CREDENTIAL: 400,
+        Reason.INVALID_CHALLENGE: 402,
+        Reason.PAYMENT_EXPIRED: 402,
+        Reason.INVALID_PAYLOAD: 402,
+        Reason.DESCRIPTOR_MISMATCH: 402,
+        Reason.SOURCE_MISMATCH: 402,
+        Reason.TRANSACTION_REJECTED: 402,
+        Reason.INVALID_SIGNATURE: 402,
+        # 410 makes the reference client forget a stored channel and open another one
+        Reason.CHANNEL_NOT_FOUND: 410,
+        Reason.CHANNEL_FINALIZED: 410,
+        Reason.CHANNEL_BUSY: 409,
+        Reason.RATE_LIMITED: 429,
+        Reason.DEPOSIT_TOO_SMALL: 402,
+        Reason.VOUCHER_EXCEEDS_DEPOSIT: 402,
+        Reason.VOUCHER_TOO_LOW: 402,
+        Reason.VOUCHER_DELTA_TOO_SMALL: 402,
+        Reason.CLOSE_BELOW_SPENT: 402,
+        Reason.CREDENTIAL_USED: 402,
+        Reason.INSUFFICIENT_BALANCE: 402,
+        Reason.HOLD_FENCED: 409,
+        Reason.CHAIN_REJECTED: 402,
+        # never 402 where money may have moved: the client would pay again
+        Reason.CHAIN_UNAVAILABLE: 503,
+        Reason.CHAIN_OUTCOME_UNKNOWN: 503,
+        Reason.STORE_UNAVAILABLE: 503,
+        NodeReason.NOT_FOUND: 404,
+        NodeReason.METHOD_NOT_ALLOWED: 405,
+        NodeReason.UNSUPPORTED_MEDIA_TYPE: 415,
+        NodeReason.BODY_TOO_LARGE: 413,
+        NodeReason.INVALID_JSON: 400,
+        NodeReason.INVALID_FIELD: 400,
+        NodeReason.UNKNOWN_MODEL: 404,
+        NodeReason.SHUTTING_DOWN: 503,
+        NodeReason.OVERLOADED: 503,
+        NodeReason.NO_PROVIDER: 503,
+        NodeReason.PROVIDER_TIMEOUT: 504,
+        NodeReason.ALL_PROVIDERS_FAILED: 502,
+        NodeReason.INTERNAL: 500,
+    }
+)
+
+_RETRY_AFTER_S: Final[Mapping[Reason | NodeReason, int]] = MappingProxyType(
+    {
+        Reason.RATE_LIMITED: 1,
+        Reason.CHAIN_UNAVAILABLE: 2,
+        Reason.CHAIN_OUTCOME_UNKNOWN: 5,
+        Reason.STORE_UNAVAILABLE: 2,
+    }
+)
+_TYPES: Final[Mapping[int, str]] = MappingProxyType(
+    {400: "invalid_request_error", 402: "payment_required", 404: "not_found_error", 429: "rate_limit_error"}
+)
+_SERVER_ERROR: Final = 500
+
+
+def retry_headers(fault: ChannelFault | NodeFault) -> dict[str, str]:
+    """When to come back, in the headers both OpenAI SDKs read; and for refusals a retry cannot mend, not to."""
+    after = _RETRY_AFTER_S.get(fault.reason)
+    if isinstance(fault, NodeFault) and fault.retry_after_s is not None:
+        after = fault.retry_after_s
+    if after is not None:
+        return {"Retry-After": str(after), "retry-after-ms": str(after * 1000)}
+    return {"x-should-retry": "false"} if STATUS[fault.reason] < _SERVER_ERROR else {}
+
+
+def openai_error(fault: ChannelFault | NodeFault) -> dict[str, object]:
+    """The ``error`` member OpenAI clients expect."""
+    status = STATUS[fault.reason]
+    error: dict[str, object] = {
+        "message": fault.message,
+        "type": _TYPES.get(status, "invalid_request_error" if status < _SERVER_ERROR else "server_error"),
+        "param": fault.field,
+        "code": fault.reason.value,
+    }
+    if isinstance(fault, NodeFault) and fault.attempts:
+        error["attempts"] = [
+            {"provider": attempt.provider, "kind": attempt.kind, "status": attempt.status} for attempt in fault.attempts
+        ]
+    return error
+
+
+def error_body(fault: NodeFault) -> bytes:
+    """The body of a refusal that is not about payment."""
+    return orjson.dumps({"error": openai_error(fault)})
+
+
+def problem_body(fault: ChannelFault, *, challenge_id: str | None) -> bytes:
+    """The problem document of a payment refusal. Source: RFC 9457; draft-httpauth-payment, problem types."""
+    problem = PROBLEMS[fault.reason]
+    body: dict[str, object] = {
+        "type": problem.type_uri,
+        "title": problem.title,
+        "status": STATUS[fault.reason],
+        "detail": fault.message,
+    }
+    if challenge_id is not None:
+        body["challengeId"] = challenge_id
+    if fault.field is not None:
+        body["field"] = fault.field
+    if fault.numbers:
+        body["details"] = {name: str(value) for name, value in fault.numbers.items()}
+    body["error"] = openai_error(fault)
+    return orjson.dumps(body)

@@ -1,0 +1,89 @@
+"""What this process is doing with each channel right now. Never the truth about money: that is in the books."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+from channels.faults import ChannelFault, Reason
+from channels.ids import ChannelId
+from channels.model import Account
+from mppnode.kernel.clock import Clock
+from mppnode.rails.tab import SessionTab
+
+_CHECKED_MAX: Final = 50_000  # channels whose last chain read is remembered; forgetting one costs one read
+_BURST: Final = 20  # vouchers a channel may send at once
+_PER_SECOND: Final = 10  # and sustain: the session draft's rate
+_BUCKETS_MAX: Final = 50_000
+
+
+class LiveChannels:
+    """The tabs of running requests by channel, told of every committed change."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._tabs: dict[ChannelId, list[SessionTab]] = {}
+        self._enders: dict[SessionTab, Callable[[], Awaitable[None]]] = {}
+        self._checked: OrderedDict[ChannelId, float] = OrderedDict()
+
+    def on_commit(self, account: Account) -> None:
+        """Tell the running requests of a channel about its new state."""
+        for tab in self._tabs.get(account.id, ()):
+            tab.observe(account)
+
+    def add(self, tab: SessionTab) -> None:
+        """Register a running request."""
+        self._tabs.setdefault(tab.account.id, []).append(tab)
+
+    def remove(self, tab: SessionTab) -> None:
+        """Forget a finished request."""
+        tabs = self._tabs.get(tab.account.id, [])
+        if tab in tabs:
+            tabs.remove(tab)
+        if not tabs:
+            self._tabs.pop(tab.account.id, None)
+        self._enders.pop(tab, None)
+
+    def on_supersede(self, tab: SessionTab, end: Callable[[], Awaitable[None]]) -> None:
+        """Say how a request is ended from outside: ``end`` returns when its bill is settled."""
+        self._enders[tab] = end
+
+    async def end_all(self, channel: ChannelId) -> None:
+        """End every request of a channel and wait until their bills are settled."""
+        enders = [self._enders[tab] for tab in self._tabs.get(channel, ()) if tab in self._enders]
+        if enders:
+            await asyncio.gather(*(end() for end in enders))
+
+    def checked(self, channel: ChannelId) -> None:
+        """Remember that the chain was just asked about a channel."""
+        self._checked[channel] = self._clock.monotonic()
+        self._checked.move_to_end(channel)
+        while len(self._checked) > _CHECKED_MAX:
+            self._checked.popitem(last=False)
+
+    def checked_within(self, channel: ChannelId, seconds: float) -> bool:
+        """Whether the chain was asked about a channel in the last ``seconds``."""
+        at = self._checked.get(channel)
+        return at is not None and self._clock.monotonic() - at < seconds
+
+
+class VoucherRate:
+    """A token bucket per channel in front of signature recovery, the one costly step a stranger can ask for."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._buckets: OrderedDict[ChannelId, tuple[float, float]] = OrderedDict()
+
+    def take(self, channel: ChannelId) -> None:
+        """Allow one more voucher check. Raises ``RATE_LIMITED``."""
+        now = self._clock.monotonic()
+        level, at = self._buckets.pop(channel, (float(_BURST), now))
+        level = min(level + (now - at) * _PER_SECOND, _BURST)
+        allowed = level >= 1
+        self._buckets[channel] = (level - 1 if allowed else level, now)
+        while len(self._buckets) > _BUCKETS_MAX:
+            self._buckets.popitem(last=False)
+        if not allowed:
+            raise ChannelFault(Reason.RATE_LIMITED, detail="too many vouchers on this channel")

@@ -1,0 +1,393 @@
+"""The session rail: payment channels as a way to pay for a stream.
+
+It recognises credentials, accepts vouchers, opens, tops up and closes channels, and gives the engine a
+:class:`~mppnode.rails.tab.SessionTab` to charge a response to. Every amount it shows comes from a committed account.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import assert_never
+
+from channels.descriptor import Escrow, SessionProtocol
+from channels.faults import ChannelFault, Reason
+from channels.ids import ChannelId, Hash32
+from channels.keccak import keccak256
+from channels.model import (
+    AbortClose,
+    AcceptVoucher,
+    Account,
+    BeginClose,
+    ConfirmClosed,
+    FixCapture,
+    HoldId,
+    ObserveChain,
+    Open,
+    Phase,
+    RecordTopUp,
+    Reserve,
+    Voucher,
+)
+from channels.signature import parse_signature
+from channels.units import PICO_PER_UNIT, Pico, Units
+from channels.verify import require_descriptor
+from channels.voucher import VoucherDomain
+from channels.wire.challenge import Challenge, ChallengeMac, expires_text
+from channels.wire.credential import ClosePayload, Envelope, OpenPayload, TopUpPayload, VoucherPayload
+from channels.wire.receipt import SessionReceipt
+from channels.wire.request import SessionRequest
+from channels.wire.snapshot import SessionSnapshot, SignedAmount
+from mppnode.kernel.clock import Clock
+from mppnode.kernel.tasks import TaskOwner
+from mppnode.ledger.books import Books
+from mppnode.pricing.book import describe
+from mppnode.rails.base import ChainIntents, Offer
+from mppnode.rails.live import LiveChannels, VoucherRate
+from mppnode.rails.presented import Presented, Seller, read_presented
+from mppnode.rails.tab import SessionTab, TabPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class SessionTerms:
+    """How this node sells sessions. Units and seconds."""
+
+    seller: Seller
+    suggested_deposit: Units
+    min_voucher_delta: Units
+    challenge_ttl_s: int = 300
+    chain_ttl_s: int = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Need:
+    """What a request needs reserved before its provider is called, in pico: at least ``floor``, ideally ``want``."""
+
+    floor: Pico
+    want: Pico
+    reserve_pico: int
+    token_pico: int
+
+
+class SessionRail:
+    """Payment channels, v1 and v2."""
+
+    def __init__(
+        self,
+        *,
+        terms: SessionTerms,
+        mac: ChallengeMac,
+        books: Books,
+        intents: ChainIntents,
+        live: LiveChannels,
+        owner: TaskOwner,
+        clock: Clock,
+        entropy: Callable[[int], bytes],
+        tab_policy: TabPolicy,
+    ) -> None:
+        self._terms = terms
+        self._mac = mac
+        self._books = books
+        self._intents = intents
+        self._live = live
+        self._owner = owner
+        self._clock = clock
+        self._entropy = entropy
+        self._tab_policy = tab_policy
+        self._domains = {escrow: VoucherDomain(escrow) for escrow in terms.seller.escrows}
+        self._rate = VoucherRate(clock)
+        self._closing: dict[ChannelId, asyncio.Lock] = {}
+
+    # ----------------------------------------------------------------------------------------------------- offers
+
+    def challenges(self, offer: Offer, snapshot: SessionSnapshot | None = None) -> list[Challenge]:
+        """Fresh challenges for an offer, one per session protocol; they differ between calls only in id and expiry."""
+        return [self._challenge(offer, escrow, snapshot) for escrow in self._terms.seller.escrows]
+
+    def _challenge(self, offer: Offer, escrow: Escrow, snapshot: SessionSnapshot | None) -> Challenge:
+        terms, now = self._terms, self._clock.now_millis()
+        request = SessionRequest(
+            amount=offer.unit.amount,
+            currency=terms.seller.token,
+            recipient=terms.seller.payee,
+            unit_type=offer.unit.unit_type,
+            escrow=escrow,
+            suggested_deposit=terms.suggested_deposit,
+            min_voucher_delta=terms.min_voucher_delta or None,
+            snapshot=snapshot if escrow.protocol is SessionProtocol.V2 else None,
+        )
+        expires = type(now)(now + terms.challenge_ttl_s * 1000)
+        return self._mac.issue(
+            realm=terms.seller.realm,
+            method="tempo",
+            intent="session",
+            request=request.encode(),
+            expires=expires_text(expires, int.from_bytes(self._entropy(8))),
+            opaque=offer.scope,
+            description=describe(offer.model.rates),
+        )
+
+    def snapshot(self, account: Account, required: Units) -> SessionSnapshot | None:
+        """What a payer whose signature has been verified may know of a channel; None when it is of no more use."""
+        if account.phase is not Phase.OPEN or account.escrow.protocol is SessionProtocol.V1:
+            return None
+        rung = account.ladder[-1]
+        return SessionSnapshot(
+            channel_id=account.id,
+            escrow=account.escrow,
+            descriptor=account.descriptor,
+            deposit=account.chain.deposit,
+            settled=account.chain.settled,
+            spent=account.spent,
+            accepted=account.accepted,
+            required=required,
+            units=0,
+            highest_voucher=SignedAmount(rung.cumulative, rung.signature),
+        )
+
+    # ------------------------------------------------------------------------------------------------- credentials
+
+    def read(self, envelope: Envelope, offer: Offer | None) -> Presented:
+        """See :func:`mppnode.rails.presented.read_presented`."""
+        return read_presented(
+            envelope, mac=self._mac, seller=self._terms.seller, offer=offer, now=self._clock.now_millis()
+        )
+
+    async def manage(self, presented: Presented) -> SessionReceipt:
+        """Perform a management credential: nothing is delivered and nothing is charged."""
+        match presented.payload:
+            case OpenPayload():
+                opened = await self._open(presented, presented.payload)
+                return self.receipt(presented, opened.account, tx_hash=opened.tx_hash)
+            case VoucherPayload():
+                return self.receipt(presented, await self._voucher(presented, presented.payload))
+            case TopUpPayload():
+                return await self._top_up(presented, presented.payload)
+            case ClosePayload():
+                return await self._close(presented, presented.payload)
+            case _:
+                assert_never(presented.payload)
+
+    async def admit(self, presented: Presented) -> Opened:
+        """Accept the money of a content credential: an open, or a voucher on a known channel."""
+        match presented.payload:
+            case OpenPayload():
+                return await self._open(presented, presented.payload)
+            case VoucherPayload():
+                return Opened(await self._voucher(presented, presented.payload), None)
+            case _:
+                raise ChannelFault(Reason.INVALID_PAYLOAD, field="action", detail="does not buy a response")
+
+    async def open_tab(self, presented: Presented, account: Account, need: Need, unit: Units) -> SessionTab:
+        """Reserve what a request needs and give back its bill; the content ticket is spent by the same commit.
+
+        Raises:
+            ChannelFault: ``INSUFFICIENT_BALANCE`` with the cumulative amount that would do, ``CREDENTIAL_USED``,
+                ``RATE_LIMITED`` or ``CHANNEL_FINALIZED``.
+        """
+        if presented.challenge.id in account.tickets:
+            # Decided before the older request is ended: a repeated credential must not be able to stop a live stream.
+            raise ChannelFault(Reason.CREDENTIAL_USED, detail="this credential has already bought a response")
+        await self._live.end_all(account.id)
+        hold = HoldId(self._entropy(8).hex())
+        plan = await self._books.apply(
+            account.id,
+            Reserve(hold, presented.challenge.id, presented.expires, need.floor, need.want),
+        )
+        tab = SessionTab(
+            plan.account,
+            hold,
+            plan.result.granted,
+            challenge_id=presented.challenge.id,
+            token_pico=need.token_pico,
+            reserve_pico=need.reserve_pico,
+            unit_pico=unit * PICO_PER_UNIT,
+            books=self._books,
+            owner=self._owner,
+            clock=self._clock,
+            policy=self._tab_policy,
+        )
+        self._live.add(tab)
+        return tab
+
+    def done(self, tab: SessionTab) -> None:
+        """Forget a finished tab."""
+        self._live.remove(tab)
+
+    # ----------------------------------------------------------------------------------------------------- actions
+
+    async def _open(self, presented: Presented, payload: OpenPayload) -> Opened:
+        known = await self._books.load(payload.channel_id)
+        domain = self._domains[presented.escrow]
+        signature = parse_signature(payload.signature)
+        if known is not None:
+            return Opened(await self._reopen(presented, payload, known), None)
+        opened = self._intents.inspect_open(presented.escrow, payload)
+        self._require_source(presented, opened.descriptor.payer, opened.descriptor.signer)
+        if payload.cumulative > opened.deposit:
+            raise ChannelFault(
+                Reason.VOUCHER_EXCEEDS_DEPOSIT,
+                field="cumulativeAmount",
+                detail="is above the deposit",
+                cumulative=payload.cumulative,
+                deposit=opened.deposit,
+            )
+        domain.verify(payload.channel_id, payload.cumulative, signature, opened.descriptor.signer)
+        self._books.require_deposit(opened.deposit)
+        confirmed = await self._intents.open(presented.escrow, payload, opened)
+        command = Open(
+            payload.channel_id,
+            presented.escrow,
+            opened.descriptor,
+            confirmed.chain,
+            Voucher(payload.cumulative, signature),
+        )
+        plan = await self._books.apply(payload.channel_id, command)
+        self._live.checked(plan.account.id)
+        return Opened(plan.account, confirmed.tx_hash)
+
+    async def _reopen(self, presented: Presented, payload: OpenPayload, known: Account) -> Account:
+        """The same open again, or again after its answer was lost: its voucher counts, its transaction does not."""
+        voucher = VoucherPayload(payload.channel_id, payload.descriptor, payload.cumulative, payload.signature)
+        return await self._voucher(presented, voucher, known)
+
+    async def _known(
+        self, presented: Presented, payload: VoucherPayload | TopUpPayload | ClosePayload, known: Account | None = None
+    ) -> Account:
+        account = known or await self._books.load(payload.channel_id)
+        if account is None or account.escrow != presented.escrow:
+            raise ChannelFault(Reason.CHANNEL_NOT_FOUND, field="channelId", detail="names no channel of this node")
+        require_descriptor(payload.descriptor, account.descriptor)
+        self._require_source(presented, account.descriptor.payer, account.descriptor.signer)
+        return account
+
+    async def _voucher(self, presented: Presented, payload: VoucherPayload, known: Account | None = None) -> Account:
+        account = await self._known(presented, payload, known)
+        signature = parse_signature(payload.signature)
+        if account.phase is not Phase.OPEN:
+            raise ChannelFault(Reason.CHANNEL_FINALIZED, detail=f"the channel is {account.phase}")
+        if payload.cumulative < account.accepted:  # before any curve arithmetic: an old voucher costs an attacker more
+            raise ChannelFault(
+                Reason.VOUCHER_TOO_LOW,
+                field="cumulativeAmount",
+                detail="is below the accepted voucher",
+                cumulative=payload.cumulative,
+                accepted=account.accepted,
+            )
+        if signature != account.ladder[-1].signature or payload.cumulative != account.accepted:
+            self._rate.take(account.id)
+            domain = self._domains[account.escrow]
+            domain.verify(account.id, payload.cumulative, signature, account.descriptor.signer)
+        account = await self._fresh(account)
+        plan = await self._books.apply(account.id, AcceptVoucher(Voucher(payload.cumulative, signature)))
+        return plan.account
+
+    async def _fresh(self, account: Account) -> Account:
+        """Look at the chain unless that was done a moment ago: a payer may have asked it to close."""
+        if self._live.checked_within(account.id, self._terms.chain_ttl_s):
+            return account
+        chain = await self._intents.observe(account)
+        plan = await self._books.apply(account.id, ObserveChain(chain))
+        self._live.checked(account.id)
+        return plan.account
+
+    async def _top_up(self, presented: Presented, payload: TopUpPayload) -> SessionReceipt:
+        account = await self._known(presented, payload)
+        credential = Hash32(keccak256(payload.transaction))
+        for known, tx_hash in account.top_ups:
+            if known == credential:
+                return self.receipt(presented, account, tx_hash=tx_hash)
+        if account.phase not in (Phase.OPEN, Phase.CONTESTED):
+            raise ChannelFault(Reason.CHANNEL_FINALIZED, detail=f"the channel is {account.phase}")
+        confirmed = await self._intents.top_up(account, payload)
+        plan = await self._books.apply(account.id, RecordTopUp(credential, confirmed.tx_hash, confirmed.chain))
+        self._live.checked(account.id)
+        return self.receipt(presented, plan.account, tx_hash=plan.result.tx_hash)
+
+    async def _close(self, presented: Presented, payload: ClosePayload) -> SessionReceipt:
+        lock = self._closing.setdefault(payload.channel_id, asyncio.Lock())
+        try:
+            async with lock:
+                account = await self._known(presented, payload)
+                signature = parse_signature(payload.signature)
+                record = account.close
+                if account.phase is Phase.CLOSED and record is not None and record.tx_hash is not None:
+                    if (record.challenge_id, record.cumulative) == (presented.challenge.id, payload.cumulative):
+                        return self._close_receipt(presented, account, payload, record.tx_hash)
+                    raise ChannelFault(Reason.CHANNEL_FINALIZED, detail="the channel is closed")
+                domain = self._domains[account.escrow]
+                domain.verify(account.id, payload.cumulative, signature, account.descriptor.signer)
+                voucher = Voucher(payload.cumulative, signature)
+                await self._books.apply(account.id, BeginClose(presented.challenge.id, voucher))
+                closed, tx_hash = await self.drive_close(account.id)
+                return self._close_receipt(presented, closed, payload, tx_hash)
+        finally:
+            if not lock.locked():
+                self._closing.pop(payload.channel_id, None)
+
+    async def drive_close(self, channel: ChannelId) -> tuple[Account, Hash32]:
+        """Bring a CLOSING or CAPTURED channel to its end: end its streams, fix the capture, tell the chain.
+
+        The order is the law: the capture is durable before anything is signed, and the channel is opened again only
+        when the chain surely will not include the close.
+        """
+        await self._live.end_all(channel)
+        plan = await self._books.apply(channel, FixCapture())
+        try:
+            confirmed = await self._intents.close(plan.account)
+        except ChannelFault as fault:
+            if fault.reason is Reason.CHAIN_REJECTED:
+                await self._books.apply(channel, AbortClose())
+            raise
+        closed = await self._books.apply(channel, ConfirmClosed(confirmed.tx_hash, confirmed.chain))
+        return closed.account, confirmed.tx_hash
+
+    async def resume_closes(self) -> Sequence[ChannelFault]:
+        """Finish the closes a crash interrupted; returns the faults of those that must wait."""
+        faults: list[ChannelFault] = []
+        for account in await self._books.accounts():
+            if account.phase in (Phase.CLOSING, Phase.CAPTURED):
+                try:
+                    await self.drive_close(account.id)
+                except ChannelFault as fault:
+                    faults.append(fault)
+        return faults
+
+    # ---------------------------------------------------------------------------------------------------- receipts
+
+    def _require_source(self, presented: Presented, payer: bytes, signer: bytes) -> None:
+        if presented.source is not None and presented.source[1] not in (payer, signer):
+            raise ChannelFault(Reason.SOURCE_MISMATCH, field="source", detail="is not the channel's payer or signer")
+
+    def receipt(self, presented: Presented, account: Account, tx_hash: Hash32 | None = None) -> SessionReceipt:
+        """The answer to a credential, as of a committed account."""
+        return SessionReceipt(
+            timestamp_ms=self._clock.now_millis(),
+            challenge_id=presented.challenge.id,
+            channel_id=account.id,
+            accepted=account.accepted,
+            spent=account.spent,
+            tx_hash=tx_hash,
+        )
+
+    def _close_receipt(
+        self, presented: Presented, account: Account, payload: ClosePayload, tx_hash: Hash32
+    ) -> SessionReceipt:
+        # The client requires the amount of its close credential here, not the highest voucher.
+        return SessionReceipt(
+            timestamp_ms=self._clock.now_millis(),
+            challenge_id=presented.challenge.id,
+            channel_id=account.id,
+            accepted=payload.cumulative,
+            spent=account.spent,
+            tx_hash=tx_hash,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """An account whose money a credential brought; ``tx_hash`` is set when that opened the channel just now."""
+
+    account: Account
+    tx_hash: Hash32 | None
