@@ -1,0 +1,299 @@
+"""A Tempo chain over JSON-RPC.
+
+Two rules run through this file. A read may be repeated, so it is, a few times; and a transaction's bytes may be sent
+again, because the chain counts an expiring nonce once, so a lost reply is answered by sending the same bytes and asking
+for the receipt, never by building another transaction.
+
+``eth_sendRawTransactionSync`` would save polling, but its own timeout answers "I do not know" in yet another form, and
+public nodes do not all have it: one path for money is better than two.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import orjson
+
+from channels import escrow as v2
+from channels import escrow_v1 as v1
+from channels import tempo_tx, tip20
+from channels.abi import Log
+from channels.chain import Fate, Head, Receipt, TxOutcome
+from channels.descriptor import ChainSnapshot, Escrow, SessionProtocol
+from channels.faults import ChannelFault, Reason
+from channels.ids import Address, ChannelId, Hash32, to_hex
+from channels.instants import UnixSeconds
+from channels.tempo_tx import Call, TempoTx
+from channels.units import Units
+from mppnode.chain import wire
+from mppnode.chain.transport import Transport, TransportFailed
+from mppnode.kernel.clock import Clock
+
+VALIDITY_S: Final = 25
+"""How long our transactions may be mined: inside the chain's 30 s window with room for clock skew."""
+EXPIRY_MARGIN_S: Final = 60
+"""Added before a missing receipt means "never": two replicas behind one address may be this far apart."""
+ENTROPY_BYTES: Final = 8
+_LIMITED: Final = -32005  # EIP-1474 "limit exceeded": the node did not look at the request
+_INTERNAL: Final = -32603  # JSON-RPC 2.0 "internal error": anything may have happened
+_REVERTS: Final = frozenset({3, -32000, -32003, -32015})  # as geth, reth and OpenEthereum report a failing call
+
+
+@dataclass(frozen=True, slots=True)
+class RpcLimits:
+    """How patient the client is. Seconds, and counts of attempts."""
+
+    read_attempts: int = 3
+    read_delay_s: float = 0.25
+    pinned_attempts: int = 6  # the first and five more, as the reference server: 1.25 s of replica lag
+    send_attempts: int = 3
+    receipt_wait_s: float = 30.0  # VALIDITY_S and a few blocks
+    receipt_poll_s: float = 0.25
+
+
+class RpcError(Exception):
+    """The node understood and said no. Its message is its own words: never shown to a payer."""
+
+    def __init__(self, code: int, message: str) -> None:
+        self.code = code
+        super().__init__(f"{code}: {message}")
+
+
+class JsonRpc:
+    """JSON-RPC 2.0 over a transport: one request at a time, the reply must be to it."""
+
+    def __init__(self, transport: Transport) -> None:
+        self._transport = transport
+        self._last_id = 0
+
+    async def call(self, method: str, *params: Any) -> Any:
+        """The result of one call.
+
+        Raises:
+            RpcError: when the node reports an error.
+            TransportFailed: when there is no usable reply.
+        """
+        self._last_id += 1
+        request = {"jsonrpc": "2.0", "id": self._last_id, "method": method, "params": params}
+        expected = self._last_id
+        reply = await self._transport.post(orjson.dumps(request))
+        try:
+            answer = orjson.loads(reply)
+        except orjson.JSONDecodeError:
+            raise TransportFailed("chain node's reply is not JSON", maybe_sent=True) from None
+        if not isinstance(answer, dict) or answer.get("id") != expected:
+            raise TransportFailed("chain node's reply is to another request", maybe_sent=True)
+        error = answer.get("error")
+        if error is not None:
+            code = error.get("code") if isinstance(error, dict) else None
+            message = error.get("message") if isinstance(error, dict) else None
+            raise RpcError(code if isinstance(code, int) else _INTERNAL, str(message)[:200])
+        if "result" not in answer:
+            raise TransportFailed("chain node's reply has neither result nor error", maybe_sent=True)
+        return answer["result"]
+
+
+class RpcChain:
+    """The :class:`channels.chain.Chain` of one node address."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        clock: Clock,
+        *,
+        limits: RpcLimits,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._rpc = JsonRpc(transport)
+        self._clock = clock
+        self._limits = limits
+        self._sleep = sleep
+
+    # ---------------------------------------------------------------------------------------------------------- reads
+
+    async def chain_id(self) -> int:
+        return wire.read_quantity(await self._read("eth_chainId"), "eth_chainId")
+
+    async def head(self) -> Head:
+        return (await self._block())[0]
+
+    async def channel_state(
+        self, escrow: Escrow, channel_id: ChannelId, *, at_block: int | None = None
+    ) -> ChainSnapshot:
+        if escrow.protocol is SessionProtocol.V2:
+            data = v2.encode_get_channel_state(channel_id)
+        else:
+            data = v1.encode_get_channel(channel_id)
+        # Never "latest": the stamp must be the block that was read, or an older state could replace a newer one.
+        block = (await self.head()).number if at_block is None else at_block
+        reply = await self._eth_call(escrow.address, data, wire.quantity(block))
+        if escrow.protocol is SessionProtocol.V2:
+            return v2.decode_channel_state(reply, block=block)
+        return v1.decode_get_channel(reply).snapshot(block=block)
+
+    async def balance_of(self, token: Address, owner: Address) -> Units:
+        data = tip20.encode_balance_of(owner)
+        return tip20.decode_balance(await self._eth_call(token, data, "latest"))
+
+    async def receipt(self, tx_hash: Hash32) -> Receipt | None:
+        reply = await self._read("eth_getTransactionReceipt", to_hex(tx_hash))
+        return None if reply is None else wire.read_receipt(reply, expected=tx_hash)
+
+    async def outcome(self, tx_hash: Hash32, *, valid_before: UnixSeconds) -> TxOutcome:
+        # Head before receipt: the other way round a transaction mined between the two reads would look expired.
+        head = await self.head()
+        receipt = await self.receipt(tx_hash)
+        if receipt is not None:
+            return receipt
+        return Fate.EXPIRED if head.timestamp >= valid_before + EXPIRY_MARGIN_S else Fate.PENDING
+
+    async def logs(
+        self, address: Address, *, topics: Sequence[Hash32 | None], from_block: int, to_block: int
+    ) -> tuple[Log, ...]:
+        query = {
+            "address": to_hex(address),
+            "topics": [None if topic is None else to_hex(topic) for topic in topics],
+            "fromBlock": wire.quantity(from_block),
+            "toBlock": wire.quantity(to_block),
+        }
+        reply = wire.read_list(await self._read("eth_getLogs", query), "eth_getLogs")
+        logs = tuple(wire.read_log(entry) for entry in reply)
+        if any(log.address != address for log in logs):
+            raise wire.malformed("eth_getLogs")
+        return logs
+
+    async def simulate(self, sender: Address, calls: Sequence[Call], *, fee_token: Address | None) -> None:
+        request: dict[str, Any] = {
+            "from": to_hex(sender),
+            "type": "0x76",
+            "calls": [wire.call_object(call) for call in calls],
+        }
+        if fee_token is not None:
+            request["feeToken"] = to_hex(fee_token)
+        await self._trial("eth_call", request, "latest")
+
+    # ---------------------------------------------------------------------------------------------------- transactions
+
+    async def prepare(
+        self,
+        sender: Address,
+        calls: Sequence[Call],
+        *,
+        fee_token: Address | None,
+        entropy: bytes,
+        sponsored: bool = False,
+    ) -> TempoTx:
+        assert len(entropy) == ENTROPY_BYTES
+        chain_id = await self.chain_id()
+        _, base_fee = await self._block()
+        priority = wire.read_quantity(await self._read("eth_maxPriorityFeePerGas"), "eth_maxPriorityFeePerGas")
+        now = self._clock.now()
+        draft = TempoTx(
+            chain_id=chain_id,
+            max_priority_fee_per_gas=priority,
+            max_fee_per_gas=base_fee * 12 // 10 + priority,
+            gas=0,
+            calls=tuple(calls),
+            nonce_key=tempo_tx.EXPIRING_NONCE_KEY,
+            nonce=0,
+            valid_before=UnixSeconds(now + VALIDITY_S),
+            # An expiring nonce has no counter, so two equal batches of one second would be one transaction. Any past
+            # time is a valid start, which makes this field the place for entropy.
+            valid_after=UnixSeconds(1 + int.from_bytes(entropy) % (now - EXPIRY_MARGIN_S)),
+            fee_token=None if sponsored else fee_token,
+            sponsored=sponsored,
+        )
+        reply = await self._trial("eth_estimateGas", wire.request_object(draft, sender))
+        estimate = wire.read_quantity(reply, "eth_estimateGas")
+        # State moves between estimate and inclusion; unused gas is not paid for, too little of it is a lost settle.
+        return replace(draft, gas=estimate + estimate // 5)
+
+    async def broadcast(self, raw: bytes) -> Receipt:
+        signed = tempo_tx.decode(raw)
+        tx_hash = signed.tx_hash
+        maybe_sent = False
+        for attempt in range(self._limits.send_attempts):
+            if attempt:
+                await self._sleep(self._limits.read_delay_s)
+            try:
+                await self._rpc.call("eth_sendRawTransaction", to_hex(raw))
+            except TransportFailed as failure:
+                maybe_sent = maybe_sent or failure.maybe_sent
+                continue
+            except RpcError as error:
+                if error.code == _LIMITED:
+                    continue
+                if error.code != _INTERNAL and not maybe_sent and not await self._holds(tx_hash):
+                    raise ChannelFault(
+                        Reason.CHAIN_REJECTED, field="transaction", detail="was refused by the chain node"
+                    ) from error
+            maybe_sent = True
+            break
+        if not maybe_sent:
+            raise ChannelFault(Reason.CHAIN_UNAVAILABLE, detail="the transaction could not be sent")
+        return await self._await_receipt(tx_hash)
+
+    async def _await_receipt(self, tx_hash: Hash32) -> Receipt:
+        deadline = self._clock.monotonic() + self._limits.receipt_wait_s
+        while True:
+            try:
+                receipt = await self.receipt(tx_hash)
+            except ChannelFault:
+                receipt = None  # an unreadable answer is not "no": keep asking until the deadline
+            if receipt is not None:
+                return receipt
+            if self._clock.monotonic() >= deadline:
+                raise ChannelFault(
+                    Reason.CHAIN_OUTCOME_UNKNOWN, field="transaction", detail="was sent and has no receipt yet"
+                )
+            await self._sleep(self._limits.receipt_poll_s)
+
+    async def _holds(self, tx_hash: Hash32) -> bool:
+        """Whether the node has these bytes already; when it cannot tell, assume that it has."""
+        try:
+            if await self.receipt(tx_hash) is not None:
+                return True
+            return await self._read("eth_getTransactionByHash", to_hex(tx_hash)) is not None
+        except ChannelFault:
+            return True
+
+    # -------------------------------------------------------------------------------------------------------- requests
+
+    async def _block(self) -> tuple[Head, int]:
+        return wire.read_head(await self._read("eth_getBlockByNumber", "latest", False))
+
+    async def _eth_call(self, to: Address, data: bytes, block: str) -> bytes:
+        request = {"to": to_hex(to), "data": to_hex(data)}
+        reply = await self._read("eth_call", request, block, attempts=self._limits.pinned_attempts)
+        return wire.read_data(reply, "eth_call")
+
+    async def _read(self, method: str, *params: Any, attempts: int | None = None) -> Any:
+        """Repeat a harmless call. An error reply counts as a failure too: a lagging replica gives one."""
+        last: Exception | None = None
+        for attempt in range(attempts or self._limits.read_attempts):
+            if attempt:
+                await self._sleep(self._limits.read_delay_s)
+            try:
+                return await self._rpc.call(method, *params)
+            except (TransportFailed, RpcError) as error:
+                last = error
+        raise ChannelFault(Reason.CHAIN_UNAVAILABLE, field=method, detail="got no answer from the chain node") from last
+
+    async def _trial(self, method: str, *params: Any) -> Any:
+        """A dry run, where a refusal of the node is the answer and not a failure to get one."""
+        for attempt in range(self._limits.read_attempts):
+            if attempt:
+                await self._sleep(self._limits.read_delay_s)
+            try:
+                return await self._rpc.call(method, *params)
+            except RpcError as error:
+                if error.code in _REVERTS:
+                    raise ChannelFault(
+                        Reason.CHAIN_REJECTED, field="transaction", detail="would fail on the chain"
+                    ) from error
+            except TransportFailed:
+                continue
+        raise ChannelFault(Reason.CHAIN_UNAVAILABLE, field=method, detail="got no answer from the chain node")
