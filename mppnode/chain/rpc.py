@@ -224,9 +224,10 @@ class RpcChain:
                 maybe_sent = maybe_sent or failure.maybe_sent
                 continue
             except RpcError as error:
-                if error.code == _LIMITED:
+                if error.code in (_LIMITED, _INTERNAL):
+                    maybe_sent = maybe_sent or error.code == _INTERNAL
                     continue
-                if error.code != _INTERNAL and not maybe_sent and not await self._holds(tx_hash):
+                if not maybe_sent and not await self._holds(tx_hash):
                     raise ChannelFault(
                         Reason.CHAIN_REJECTED, field="transaction", detail="was refused by the chain node"
                     ) from error
