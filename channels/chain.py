@@ -30,7 +30,10 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """A transaction that is in a block. ``succeeded`` is false when it reverted: then there are no logs."""
+    """A transaction that is in a block. ``succeeded`` is false when it reverted: none of its calls took effect then.
+
+    ``logs`` end with the fee's own token transfer where the chain charges one, even for a reverted transaction.
+    """
 
     tx_hash: Hash32
     succeeded: bool
