@@ -14,21 +14,22 @@ from channels.descriptor import SessionProtocol
 from channels.faults import ChannelFault
 from channels.ids import Address, parse_address
 from channels.signature import address_of
-from channels.units import Units, parse_decimal
+from channels.units import Pico, Units, parse_decimal
 from channels.wire.challenge import SECRET_BYTES_MIN
+from mppnode.config.rates import parse_rate
 from mppnode.config.schema import (
     ChainConfig,
     Config,
     LimitsConfig,
     LogConfig,
     LogFormat,
+    ModelConfig,
     NodeConfig,
     ProviderConfig,
     ProviderKind,
     SessionConfig,
 )
 from mppnode.config.secrets import Secret
-from mppnode.kernel.models import Model, Rates, parse_usd_per_million
 
 T = TypeVar("T")
 
@@ -303,24 +304,25 @@ def _provider(section: _Section) -> ProviderConfig:
     return config
 
 
-def _model(section: _Section) -> Model:
-    def usd(value: Any) -> int:
-        return parse_usd_per_million(_str(value))
+def _model(section: _Section) -> ModelConfig:
+    def usd(value: Any) -> Pico:
+        return parse_rate(_str(value))
 
+    free = Pico(0)
     name = section.text("id", _MODEL_ID, "qwen/qwen3.5-9b")
-    rate = section.get("input_usd_per_million", usd, fallback=0)
-    config = Model(
+    rate = section.get("input_usd_per_million", usd, fallback=free)
+    config = ModelConfig(
         id=name,
         provider=section.get("provider", _str, fallback=""),
         upstream_model=section.get("upstream_model", _str, name, fallback=name),
-        rates=Rates(
-            input=rate,
-            cached_input=section.get("cached_input_usd_per_million", usd, rate, fallback=rate),
-            output=section.get("output_usd_per_million", usd, fallback=0),
-        ),
+        input=rate,
+        cached_input=section.get("cached_input_usd_per_million", usd, rate, fallback=rate),
+        output=section.get("output_usd_per_million", usd, fallback=free),
         context=section.whole("context", 1, 100_000_000),
         max_output=section.whole("max_output", 1, 10_000_000),
     )
+    if not config.input and not config.output:
+        section.problem("output_usd_per_million", "is zero like the input price: a free model cannot be quoted")
     section.done()
     return config
 

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from channels.descriptor import SessionProtocol
 from channels.ids import Address
-from channels.units import Units
+from channels.units import Pico, Units
 from mppnode.config.secrets import Secret
-from mppnode.kernel.models import Model
 
 
 class ProviderKind(StrEnum):
@@ -89,6 +88,20 @@ class ProviderConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One ``[[models]]`` entry. Prices in pico-dollars per token; ``context`` and ``max_output`` in tokens."""
+
+    id: str
+    provider: str
+    upstream_model: str
+    input: Pico
+    cached_input: Pico
+    output: Pico
+    context: int
+    max_output: int
+
+
+@dataclass(frozen=True, slots=True)
 class LogConfig:
     """``[log]``."""
 
@@ -105,5 +118,5 @@ class Config:
     session: SessionConfig
     limits: LimitsConfig
     providers: tuple[ProviderConfig, ...]
-    models: tuple[Model, ...]
+    models: tuple[ModelConfig, ...]
     log: LogConfig

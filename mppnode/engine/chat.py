@@ -18,14 +18,14 @@ from mppnode.engine.sink import Sink
 from mppnode.engine.stream import Ending, PaidStream, StreamLimits
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.faults import Attempt, NodeFault, NodeReason
-from mppnode.kernel.requests import NODE_ONLY, ChatRequest
+from mppnode.kernel.requests import ChatRequest
 from mppnode.kernel.tasks import TaskOwner
 from mppnode.kernel.usage import Usage
 from mppnode.metering.tally import Tally, prompt_tokens_charged, prompt_tokens_held
 from mppnode.observe.logs import Log
 from mppnode.pricing.book import Model, PriceBook, choose_unit, price
 from mppnode.providers.base import Transport, UpstreamFault, UpstreamResponse
-from mppnode.providers.openai_compatible import OpenAIChunkDecoder, decode_completion, encode_request
+from mppnode.providers.openai_compatible import OpenAIDecoder, decode_completion, encode_request
 from mppnode.rails.base import Offer
 from mppnode.rails.live import LiveChannels
 from mppnode.rails.presented import Presented
@@ -125,8 +125,13 @@ class ChatEngine:
 
     async def _connect(self, chat: ChatRequest, model: Model) -> UpstreamResponse:
         upstream = self._upstreams[model.provider]
-        body = _upstream_body(chat, model)
-        request = encode_request(body, base_url=upstream.base_url, api_key=upstream.api_key())
+        request = encode_request(
+            chat,
+            model=model.upstream_model,
+            base_url=upstream.base_url,
+            api_key=upstream.api_key(),
+            max_tokens=min(chat.max_tokens, model.max_output),
+        )
         try:
             async with asyncio.timeout(chat.timeout_ms / 1000):
                 response = await self._transport.open(request)
@@ -154,6 +159,7 @@ class ChatEngine:
                 channel="0x" + account.id.hex(),
                 ending=ending.value,
                 tokens=run.tally.tokens,
+                stall_ms=run.stall_ms,
                 charged_pico=int(total),
                 spent=account.spent,
                 accepted=account.accepted,
@@ -187,6 +193,7 @@ class PaidChat:
         self._chat = chat
         self._stream: PaidStream | None = None
         self._superseded = False
+        self.stall_ms = 0
         self._settled = asyncio.Event()
 
     def receipt(self, *, final: bool = False) -> SessionReceipt:
@@ -228,7 +235,7 @@ class PaidChat:
         assert self.upstream is not None
         self._stream = PaidStream(
             upstream=self.upstream,
-            decoder=OpenAIChunkDecoder(),
+            decoder=OpenAIDecoder(),
             tab=self.tab,
             tally=self.tally,
             sink=sink,
@@ -248,6 +255,7 @@ class PaidChat:
         ending = await stream.run()
         if ending not in (Ending.DISCONNECTED, Ending.STALLED) and not await stream.drained():
             ending = Ending.STALLED
+        self.stall_ms = round(stream.starved_s * 1000)
         await self.settle(stream.final_total(ending), ending)
         if not sink.gone():
             sink.write(b"".join(self._last_frames(stream, ending)))
@@ -316,29 +324,15 @@ class PaidChat:
 
 def _need(chat: ChatRequest, model: Model) -> Need:
     """What to reserve: the prompt over-estimated, and one token or everything, for a stream or a buffered answer."""
-    rates = model.rates
+    rates, token = model.rates, max(model.rates.output, 1)
     prompt = price(Usage(prompt=prompt_tokens_held(chat.prompt_bytes)), rates)
     charged = price(Usage(prompt=prompt_tokens_charged(chat.prompt_bytes)), rates)
+    whole = max(prompt + min(chat.max_tokens, model.max_output) * chat.choices * rates.output, 1)
     if not chat.stream:
-        output = min(chat.max_tokens, model.max_output) * chat.choices * rates.output
-        whole = Pico(max(prompt + output, 1))
-        return Need(floor=whole, want=whole, reserve_pico=0, token_pico=max(rates.output, 1))
-    token = max(rates.output, 1)
-    floor, want = prompt + chat.choices * token, prompt + _FIRST_WINDOW_TOKENS * token
-    return Need(Pico(floor), Pico(max(floor, want)), reserve_pico=prompt - charged, token_pico=token)
-
-
-def _upstream_body(chat: ChatRequest, model: Model) -> dict[str, Any]:
-    """The caller's body with the node's own fields taken out and what the node insists on put in."""
-    body = {name: value for name, value in chat.raw.items() if name not in NODE_ONLY}
-    body |= {"model": model.upstream_model, "stream": chat.stream}
-    bound = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    body[bound] = min(chat.max_tokens, model.max_output)
-    if chat.stream:
-        body["stream_options"] = {"include_usage": True}
-    else:
-        body.pop("stream_options", None)
-    return body
+        return Need(Pico(whole), Pico(whole), reserve_pico=0, token_pico=token, cap_pico=whole)
+    floor = prompt + chat.choices * token
+    want = min(prompt + _FIRST_WINDOW_TOKENS * token, max(whole, floor))
+    return Need(Pico(floor), Pico(want), reserve_pico=prompt - charged, token_pico=token, cap_pico=max(whole, floor))
 
 
 def _all_failed(attempt: Attempt) -> NodeFault:

@@ -88,6 +88,7 @@ class PaidStream:
         self.first_chunk: bytes | None = None
         self.error: UpstreamFault | None = None
         self.usage_sent = False
+        self.starved_s = 0.0
 
     # ------------------------------------------------------------------------------------------------- life cycle
 
@@ -213,6 +214,8 @@ class PaidStream:
         """Match the upstream's pace to money and to the client's reading; never a timer per token."""
         starved, stalled = bool(self._pending), self._sink.buffered() > _HIGH_WATER
         now = self._loop.time()
+        if self._starved_since is not None and not starved:
+            self.starved_s += now - self._starved_since
         self._starved_since = (self._starved_since or now) if starved else None
         self._stalled_since = (self._stalled_since or now) if stalled else None
         if (starved or stalled) != self._paused and not self._upstream_ended:

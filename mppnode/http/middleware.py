@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.typedefs import Middleware
 
 from channels.faults import ChannelFault
 from mppnode.http.problem import STATUS, error_body, problem_body, retry_headers
@@ -22,7 +23,7 @@ _BAD_REQUEST = 400
 _INTERNAL = 500
 
 
-def fault_boundary(log: Log) -> Callable[[web.Request, Handler], Awaitable[web.StreamResponse]]:
+def fault_boundary(log: Log) -> Middleware:
     """Build the middleware."""
 
     @web.middleware

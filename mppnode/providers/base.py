@@ -7,6 +7,7 @@ iterator would cost a wake-up of a task per token, which is most of what a relay
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -40,14 +41,16 @@ class Chunk:
     Not frozen: a frozen dataclass assigns through ``object.__setattr__``, and this is built once per token.
     """
 
-    frame: bytes
+    frame: bytes = b""
     """``data: {...}`` plus a blank line, one line of JSON; empty when there is nothing to forward."""
     tokens: int = 0
     """Output tokens this event is counted as."""
     usage: Usage | None = None
     """The provider's cumulative report, when the event carries a plausible one."""
+    finished: bool = False
+    """Whether a choice has ended with this event."""
     error: str | None = None
-    """A fixed word of ours when the provider reported a failure inside its stream."""
+    """A fixed word of ours when the provider broke off or reported a failure inside its stream."""
     done: bool = False
     """Whether this is the provider's end marker."""
 
@@ -83,8 +86,8 @@ class UpstreamResponse(Protocol):
         ...
 
     @property
-    def headers(self) -> tuple[tuple[str, str], ...]:
-        """Pairs as they came, names in lower case."""
+    def headers(self) -> Mapping[str, str]:
+        """Headers with names in lower case."""
         ...
 
     def attach(self, sink: Sink) -> None:

@@ -68,6 +68,8 @@ class Need:
     want: Pico
     reserve_pico: int
     token_pico: int
+    cap_pico: int
+    """The most the request can cost."""
 
 
 class SessionRail:
@@ -203,6 +205,7 @@ class SessionRail:
             token_pico=need.token_pico,
             reserve_pico=need.reserve_pico,
             unit_pico=unit * PICO_PER_UNIT,
+            cap_pico=need.cap_pico,
             books=self._books,
             owner=self._owner,
             clock=self._clock,

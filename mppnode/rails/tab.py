@@ -62,6 +62,7 @@ class SessionTab:
         token_pico: int,
         reserve_pico: int,
         unit_pico: int,
+        cap_pico: int,
         books: Books,
         owner: TaskOwner,
         clock: Clock,
@@ -75,6 +76,7 @@ class SessionTab:
         self._token = token_pico
         self._reserve = reserve_pico
         self._unit = unit_pico
+        self._cap = cap_pico
         self._books = books
         self._owner = owner
         self._clock = clock
@@ -130,9 +132,13 @@ class SessionTab:
         base = account.accepted * PICO_PER_UNIT - limit
         need = max(self._consumed, self._wanted) + self._reserve
         rate = max(self._rate, self._window / _WINDOW_S)
-        required, deposit = self._required(base + need, rate), account.chain.deposit
+        if limit >= self._cap:
+            return None  # the most this request can cost is authorised already
+        ahead = self._ahead(rate)
+        required, deposit = self._required(base, need, ahead), account.chain.deposit
         patience = _ASK_S if required <= deposit else _TOP_UP_S
-        if limit - need >= rate * patience and not self.starved:
+        # Half of what a voucher brings is the most a threshold may be: above it every token would ask again.
+        if limit - need >= min(int(rate * patience), ahead >> 1) and not self.starved:
             return None
         if required > deposit > account.accepted and (deposit * PICO_PER_UNIT - base - need) > 0:
             required = deposit  # use up the deposit before asking for a transaction
@@ -141,9 +147,13 @@ class SessionTab:
         self._asked_at = account.accepted
         return NeedVoucher(required, account.accepted, deposit)
 
-    def _required(self, base: int, rate: float) -> Units:
-        ahead = min(max(int(rate * _LOOKAHEAD_S), self._unit), self._policy.preauthorise_units_max * PICO_PER_UNIT)
-        return Units(min(units_ceil(base + ahead), MAX_UINT96))
+    def _ahead(self, rate: float) -> int:
+        """Pico one voucher should bring: some seconds of consumption, at least a quoted unit, within the policy."""
+        return min(max(int(rate * _LOOKAHEAD_S), self._unit), self._policy.preauthorise_units_max * PICO_PER_UNIT)
+
+    def _required(self, base: int, need: int, ahead: int) -> Units:
+        """The next voucher: never more than the request can still cost."""
+        return Units(min(units_ceil(base + min(need + ahead, self._cap)), MAX_UINT96))
 
     def _measure(self) -> None:
         now = self._clock.monotonic()
