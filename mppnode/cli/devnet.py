@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Self
 
 from aiohttp import web
 
@@ -106,7 +106,7 @@ class Devnet:
         self.escrow = Escrow(SessionProtocol.V2, CHAIN_ID, RESERVE_ADDRESS)
         self._exit = contextlib.AsyncExitStack()
 
-    async def __aenter__(self) -> Devnet:
+    async def __aenter__(self) -> Self:
         try:
             await self._start()
         except BaseException:

@@ -30,7 +30,8 @@ async def pay(options: argparse.Namespace) -> int:
         key = bytes.fromhex(environment().get(_KEY, "").removeprefix("0x"))
         signer = LocalSigner(key)
         token = parse_address(options.token, field="--token")
-        cap, deposit = parse_decimal(options.cap, field="--cap"), parse_decimal(options.max_deposit, field="--max-deposit")
+        cap = parse_decimal(options.cap, field="--cap")
+        deposit = parse_decimal(options.max_deposit, field="--max-deposit")
     except ChannelFault as fault:
         print(f"mppnode pay: {fault.message}", file=sys.stderr)
         return 2

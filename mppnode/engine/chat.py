@@ -117,7 +117,7 @@ class ChatEngine:
         try:
             run.upstream = await self._connect(chat, offer.model)
         except BaseException:
-            # Also on cancellation: the hold must not outlive its request, and the owner finishes even if we are cut off.
+            # Also on cancellation: the hold must not outlive its request, so the owner ends it even if we are cut off.
             release = self._owner.start(run.settle(Pico(0), Ending.UPSTREAM_FAILED), name="release hold")
             await asyncio.wait({release})
             raise
@@ -136,8 +136,8 @@ class ChatEngine:
             async with asyncio.timeout(chat.timeout_ms / 1000):
                 response = await self._transport.open(request)
         except TimeoutError:
-            attempt = Attempt(model.provider, "timeout")
-            raise NodeFault(NodeReason.PROVIDER_TIMEOUT, detail="the provider was too slow", attempts=(attempt,)) from None
+            tried = (Attempt(model.provider, "timeout"),)
+            raise NodeFault(NodeReason.PROVIDER_TIMEOUT, detail="the provider was too slow", attempts=tried) from None
         except UpstreamFault as fault:
             attempt = Attempt(model.provider, fault.kind, fault.status)
             raise _all_failed(attempt) from None

@@ -12,11 +12,12 @@ from typing import Any, Final
 
 import orjson
 
-_WORDS: Final = (
+_TEXT: Final = (
     "a channel opens once and every token after that is paid with a signature so the reader never waits for a block "
     "the node counts what it sends asks for the next voucher early and gives back what was not used when the channel "
     "closes money moves only for words that arrived"
-).split()
+)
+_WORDS: Final = tuple(_TEXT.split())
 _STORY_TOKENS: Final = 160
 _PROMPT_BYTES_PER_TOKEN: Final = 4
 _CREATED: Final = 1_700_000_000
@@ -71,7 +72,7 @@ def _words(request: Mapping[str, Any], behaviour: str) -> list[str]:
     elif behaviour == "injects":
         words = [_INJECTION]
     else:
-        words = [_WORDS[(n * n + n) % len(_WORDS)] for n in range(min(limit, 100_000))]
+        words = [_WORDS[n % len(_WORDS)] for n in range(min(limit, 100_000))]
     if behaviour in ("stalls", "dies-after-3"):
         words = words[:3]
     return [word if n == 0 else f" {word}" for n, word in enumerate(words)]

@@ -16,7 +16,7 @@ from channels.chain import Chain, Confirmed, Receipt
 from channels.descriptor import ChainSnapshot, Escrow, SessionProtocol
 from channels.faults import ChannelFault, Reason
 from channels.ids import Address, ChannelId, Hash32
-from channels.model import Account, CloseRecord, Voucher
+from channels.model import Account, Voucher
 from channels.signature import address_of
 from channels.tempo_tx import Call
 from channels.units import Units
@@ -111,7 +111,7 @@ class ChainDesk:
         before = await self._chain.channel_state(account.escrow, account.id)
         if before.deposit == 0:
             return Confirmed(await self._lost_close(account, before.block), before)
-        call = Call(account.escrow.address, _close_call(account, record, record.capture))
+        call = Call(account.escrow.address, _close_call(account, record.capture))
         tx = await self._chain.prepare(
             self._payee, (call,), fee_token=self._fee_token, entropy=self._entropy(8)
         )
@@ -171,7 +171,7 @@ def _unknown() -> ChannelFault:
     return ChannelFault(Reason.CHAIN_OUTCOME_UNKNOWN, detail="the request that sent this transaction was interrupted")
 
 
-def _close_call(account: Account, record: CloseRecord, capture: Units) -> bytes:
+def _close_call(account: Account, capture: Units) -> bytes:
     """Calldata that pays ``capture`` and nothing more."""
     highest = account.ladder[-1]
     if account.escrow.protocol is SessionProtocol.V2:
