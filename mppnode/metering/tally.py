@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Final
 
 from channels.units import Pico
+from mppnode.kernel.rates import Rates, price
 from mppnode.kernel.usage import Usage
-from mppnode.pricing.book import Rates, price
 
 PROMPT_BYTES_PER_TOKEN_CHARGED: Final = 6
 PROMPT_BYTES_PER_TOKEN_HELD: Final = 3
