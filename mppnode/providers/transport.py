@@ -14,7 +14,7 @@ import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -248,9 +248,9 @@ class _Connection(asyncio.Protocol):
     # ------------------------------------------------------------------------------------------------- life of it
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
         self._pool.open.add(self)  # here and not after connecting: the loss of a connection may come in between
-        self._transport = transport  # TCP_NODELAY is set by both asyncio and uvloop on every TCP transport
+        # Not an isinstance check: uvloop's transports have the shape of asyncio.Transport but are no subclass of it.
+        self._transport = cast("asyncio.Transport", transport)  # both loops set TCP_NODELAY by themselves
 
     def send(self, head: bytes, body: bytes) -> Response:
         """Start an exchange; the head of the response arrives in ``Response.head``."""
@@ -308,7 +308,7 @@ class _Connection(asyncio.Protocol):
         self.heard = True
         try:
             parser.feed_data(data)
-        except httptools.HttpParserError:
+        except (httptools.HttpParserError, httptools.HttpParserUpgrade):  # siblings, not parent and child
             self._violation = self._violation or "the provider did not speak HTTP/1.1"
         self._received += len(data)
         if self._parts:
