@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import orjson
 
+from channels.faults import ChannelFault, Reason
 from channels.model import Account
 from channels.units import Pico
 from channels.wire import sse
@@ -31,6 +32,8 @@ from mppnode.rails.live import LiveChannels
 from mppnode.rails.presented import Presented
 from mppnode.rails.session import Need, SessionRail
 from mppnode.rails.tab import SessionTab
+
+T = TypeVar("T")
 
 _USUAL_PROMPT_TOKENS: Final = 512
 _FIRST_WINDOW_TOKENS: Final = 64
@@ -115,7 +118,7 @@ class ChatEngine:
         self._running += 1
         self._live.on_supersede(tab, run.supersede)
         try:
-            run.upstream = await self._connect(chat, offer.model)
+            run.upstream = await run.connect(self._connect(chat, offer.model))
         except BaseException:
             # Also on cancellation: the hold must not outlive its request, so the owner ends it even if we are cut off.
             release = self._owner.start(run.settle(Pico(0), Ending.UPSTREAM_FAILED), name="release hold")
@@ -193,6 +196,7 @@ class PaidChat:
         self._chat = chat
         self._stream: PaidStream | None = None
         self._superseded = False
+        self._waiting: asyncio.Task[Any] | None = None
         self.stall_ms = 0
         self._settled = asyncio.Event()
 
@@ -202,13 +206,35 @@ class PaidChat:
         tokens = usage.prompt + usage.completion if final else None
         return self.tab.receipt(self._engine.clock.now_millis(), tokens=tokens)
 
+    async def connect(self, connecting: Coroutine[Any, Any, UpstreamResponse]) -> UpstreamResponse:
+        """Wait for the provider, unless the client leaves or a newer request takes the channel first.
+
+        Raises:
+            ChannelFault: ``HOLD_FENCED`` in the second case.
+        """
+        return await self._interruptible(connecting, "connect")
+
+    async def _interruptible(self, work: Coroutine[Any, Any, T], name: str) -> T:
+        task: asyncio.Task[T] = self._engine.owner.start(work, name=name)
+        self._waiting = task
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        finally:
+            self._waiting = None
+        if task.cancelled():
+            raise ChannelFault(Reason.HOLD_FENCED, detail="a newer request or a close took over this channel")
+        return task.result()
+
     async def supersede(self) -> None:
         """End this request for a newer one or for a close, and return when its bill is settled."""
         self._superseded = True
         if self._stream is not None:
             self._stream.supersede()
-        elif self.upstream is not None:
-            self.upstream.cancel()
+        elif self._waiting is not None:
+            self._waiting.cancel()
         await self._settled.wait()
 
     async def abandon(self) -> None:
@@ -281,15 +307,7 @@ class PaidChat:
         Raises:
             NodeFault: ``ALL_PROVIDERS_FAILED`` or ``PROVIDER_TIMEOUT``; nothing was charged.
         """
-        task = self._engine.owner.start(self._complete(), name="completion")
-        try:
-            await asyncio.wait({task})
-        except asyncio.CancelledError:
-            if self.upstream is not None:
-                self.upstream.cancel()
-            task.cancel()
-            raise
-        return task.result()
+        return await self._interruptible(self._complete(), "completion")
 
     async def _complete(self) -> tuple[bytes, SessionReceipt]:
         total, ending = Pico(0), Ending.UPSTREAM_FAILED
@@ -297,6 +315,8 @@ class PaidChat:
             document = await self._read()
             total, ending = Pico(min(self.tally.total(), self.tab.granted)), Ending.COMPLETE
         finally:
+            if ending is not Ending.COMPLETE and self.upstream is not None:
+                self.upstream.cancel()
             await self.settle(total, ending)
         document["usage"] = document.get("usage") or frames.usage_json(self.tally.usage())
         return orjson.dumps(document), self.receipt(final=True)
@@ -307,7 +327,6 @@ class PaidChat:
             async with asyncio.timeout(self._chat.timeout_ms / 1000):
                 document, usage = decode_completion(await self.upstream.read(_COMPLETION_BYTES_MAX))
         except TimeoutError:
-            self.upstream.cancel()
             raise NodeFault(NodeReason.PROVIDER_TIMEOUT, detail="the provider was too slow") from None
         except UpstreamFault as fault:
             raise NodeFault(NodeReason.ALL_PROVIDERS_FAILED, detail=f"the provider failed: {fault.kind}") from None

@@ -6,6 +6,7 @@ a bad request loses nothing; the challenge is judged before the body buys anythi
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -22,7 +23,7 @@ from channels.wire.receipt import SessionReceipt
 from mppnode.engine.chat import ChatEngine
 from mppnode.http.problem import STATUS, error_body, problem_body, retry_headers
 from mppnode.http.sse import EventStream, small_send_buffer
-from mppnode.kernel.faults import NodeFault
+from mppnode.kernel.faults import NodeFault, NodeReason
 from mppnode.kernel.requests import ChatLimits, ChatRequest, parse_chat
 from mppnode.ledger.books import Books
 from mppnode.rails.base import Offer
@@ -32,6 +33,7 @@ from mppnode.rails.session import Opened, SessionRail
 PATH: Final = "/v1/chat/completions"
 ROUTE: Final = f"POST {PATH}"
 EXPOSED: Final = "WWW-Authenticate, Payment-Receipt, Payment-Session, Payment-Session-Snapshot"
+_BODY_S: Final = 30.0  # for a whole body (reliability: section 2.9)
 _PROVEN: Final = frozenset(
     {Reason.INSUFFICIENT_BALANCE, Reason.CLOSE_BELOW_SPENT, Reason.CREDENTIAL_USED, Reason.VOUCHER_EXCEEDS_DEPOSIT}
 )
@@ -71,7 +73,7 @@ class ChatSurface:
 
     async def post(self, request: web.Request) -> web.StreamResponse:
         """Serve content, manage a channel, or say what either costs."""
-        body = b"" if request.method == "HEAD" else await request.read()
+        body = b"" if request.method == "HEAD" else await _body_of(request)
         call = _Call(request, body)
         try:
             return await self._serve(call)
@@ -89,11 +91,11 @@ class ChatSurface:
         # The reference server takes the first Payment credential too, and a client never sends two.
         envelope = decode_envelope(tokens[0])
         if chat is None or _asks_management(envelope):
-            call.presented = presented = self._rail.read(envelope, None)
+            call.presented = presented = self._rail.read(envelope, None, peer=call.peer)
             assert is_management(presented.payload, has_body=chat is not None)
             return _managed(await self._rail.manage(presented))
         self._engine.require_room()
-        call.presented = presented = self._rail.read(envelope, offer)
+        call.presented = presented = self._rail.read(envelope, offer, peer=call.peer)
         call.opened = await self._rail.admit(presented)
         return await self._content(call, presented, call.opened, chat, offer)
 
@@ -158,7 +160,7 @@ class ChatSurface:
 class _Call:
     """What is known of one request so far; refusals show as much of it as they may."""
 
-    __slots__ = ("body", "credentials", "offer", "opened", "presented", "request")
+    __slots__ = ("body", "credentials", "offer", "opened", "peer", "presented", "request")
 
     def __init__(self, request: web.Request, body: bytes) -> None:
         self.request = request
@@ -166,9 +168,22 @@ class _Call:
         # Clients put the first credential into the advertised header and management ones into Authorization.
         headers = request.headers
         self.credentials = headers.getall("Authorization", []) + headers.getall("Payment-Authorization", [])
+        self.peer = request.remote or ""
         self.offer: Offer | None = None
         self.presented: Presented | None = None
         self.opened: Opened | None = None
+
+
+async def _body_of(request: web.Request) -> bytes:
+    """The body, within its size (aiohttp's ``client_max_size``) and its time."""
+    if "Content-Encoding" in request.headers:
+        # A kilobyte can unpack to a gigabyte, and no OpenAI client compresses requests.
+        raise NodeFault(NodeReason.UNSUPPORTED_MEDIA_TYPE, field="Content-Encoding", detail="is not accepted")
+    try:
+        async with asyncio.timeout(_BODY_S):
+            return await request.read()
+    except TimeoutError:
+        raise NodeFault(NodeReason.INVALID_FIELD, field="body", detail="did not arrive in time") from None
 
 
 def _asks_management(envelope: Envelope) -> bool:

@@ -70,19 +70,23 @@ class LiveChannels:
 
 
 class VoucherRate:
-    """A token bucket per channel in front of signature recovery, the one costly step a stranger can ask for."""
+    """A token bucket in front of signature recovery, the one costly step a stranger can ask for.
+
+    Kept per channel and peer address: a channel id is public on chain, so with one bucket per channel anybody could
+    send garbage under a payer's id until the payer's own vouchers are refused.
+    """
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._buckets: OrderedDict[ChannelId, tuple[float, float]] = OrderedDict()
+        self._buckets: OrderedDict[tuple[ChannelId, str], tuple[float, float]] = OrderedDict()
 
-    def take(self, channel: ChannelId) -> None:
+    def take(self, channel: ChannelId, peer: str) -> None:
         """Allow one more voucher check. Raises ``RATE_LIMITED``."""
-        now = self._clock.monotonic()
-        level, at = self._buckets.pop(channel, (float(_BURST), now))
+        now, key = self._clock.monotonic(), (channel, peer)
+        level, at = self._buckets.pop(key, (float(_BURST), now))
         level = min(level + (now - at) * _PER_SECOND, _BURST)
         allowed = level >= 1
-        self._buckets[channel] = (level - 1 if allowed else level, now)
+        self._buckets[key] = (level - 1 if allowed else level, now)
         while len(self._buckets) > _BUCKETS_MAX:
             self._buckets.popitem(last=False)
         if not allowed:

@@ -36,6 +36,8 @@ class Presented:
     escrow: Escrow
     payload: Payload
     source: tuple[int, Address] | None
+    peer: str
+    """Network address it came from; only ever a key of a rate limit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Seller:
 
 
 def read_presented(
-    envelope: Envelope, *, mac: ChallengeMac, seller: Seller, offer: Offer | None, now: UnixMillis
+    envelope: Envelope, *, mac: ChallengeMac, seller: Seller, offer: Offer | None, now: UnixMillis, peer: str
 ) -> Presented:
     """Decide whether a credential answers a challenge of this node, and for ``offer`` when it is to buy content.
 
@@ -78,7 +80,7 @@ def read_presented(
     source = None if envelope.source is None else parse_source(envelope.source)
     if source is not None and source[0] != asked.escrow.chain_id:
         raise ChannelFault(Reason.SOURCE_MISMATCH, field="source", detail="names another chain")
-    return Presented(challenge, UnixSeconds(-(-expires // 1000)), asked.escrow, payload, source)
+    return Presented(challenge, UnixSeconds(-(-expires // 1000)), asked.escrow, payload, source, peer)
 
 
 def _pinned(challenge: Challenge, seller: Seller) -> SessionRequest:

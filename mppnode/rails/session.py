@@ -150,10 +150,11 @@ class SessionRail:
 
     # ------------------------------------------------------------------------------------------------- credentials
 
-    def read(self, envelope: Envelope, offer: Offer | None) -> Presented:
+    def read(self, envelope: Envelope, offer: Offer | None, *, peer: str) -> Presented:
         """See :func:`mppnode.rails.presented.read_presented`."""
+        now = self._clock.now_millis()
         return read_presented(
-            envelope, mac=self._mac, seller=self._terms.seller, offer=offer, now=self._clock.now_millis()
+            envelope, mac=self._mac, seller=self._terms.seller, offer=offer, now=now, peer=peer
         )
 
     async def manage(self, presented: Presented) -> SessionReceipt:
@@ -279,7 +280,7 @@ class SessionRail:
                 accepted=account.accepted,
             )
         if signature != account.ladder[-1].signature or payload.cumulative != account.accepted:
-            self._rate.take(account.id)
+            self._rate.take(account.id, presented.peer)
             domain = self._domains[account.escrow]
             domain.verify(account.id, payload.cumulative, signature, account.descriptor.signer)
         account = await self._fresh(account)

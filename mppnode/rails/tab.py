@@ -199,8 +199,15 @@ class SessionTab:
         # Judged on the newest state, not on the plan's: a voucher may have been committed in between, and its
         # ``observe`` has already run. Waiting on the older picture would wait for ever.
         self.starved = not grew and self.account.headroom_pico == 0
+        if self.starved and self._exhausted():
+            self._ended = ChannelFault(Reason.VOUCHER_EXCEEDS_DEPOSIT, detail="the deposit of this channel is used up")
         if self.account.phase is not Phase.OPEN and not grew:
             self._ended = ChannelFault(Reason.CHANNEL_FINALIZED, detail=f"the channel is {self.account.phase}")
+
+    def _exhausted(self) -> bool:
+        """Whether no voucher can help: a v1 payer cannot top up beside a stream."""
+        v1 = self.account.escrow.protocol is SessionProtocol.V1
+        return v1 and self.account.accepted >= self.account.chain.deposit
 
     def observe(self, account: Account) -> None:
         """Learn of a newly committed state of this channel: more money, a newer request, a close."""
