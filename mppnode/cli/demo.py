@@ -184,7 +184,7 @@ async def _books(
         and account.close.tx_hash == tx_hash
     )
     return {
-        "ok": agree,
+        "ok": agree and seen.tokens == _TOKENS,
         "tokens": seen.tokens,
         "vouchers": seen.vouchers,
         "top_ups": seen.top_ups,

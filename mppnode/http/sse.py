@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from typing import Final
+from typing import Final, cast
 
 from aiohttp import HttpVersion11, web
 
@@ -39,10 +39,10 @@ class EventStream:
             response.force_close()
         await response.prepare(self._request)
         await response.write(b": stream\n\n")
-        transport = self._request.transport
-        if isinstance(transport, asyncio.WriteTransport):
-            transport.set_write_buffer_limits(high=0)
-            self._transport = transport
+        # A cast, not isinstance: uvloop's transports have the methods of asyncio.WriteTransport, not its ancestry.
+        self._transport = cast("asyncio.WriteTransport | None", self._request.transport)
+        if self._transport is not None:
+            self._transport.set_write_buffer_limits(high=0)
         return response
 
     def write(self, frames: bytes) -> None:
