@@ -137,14 +137,14 @@ class OpenAIDecoder:
         cut = tail.rfind(b"\n\n", max(0, self._searched - 1))
         self._searched = len(tail)
         if cut < 0:
-            if len(tail) > FRAME_BYTES_MAX:
+            if len(tail) > FRAME_BYTES_MAX + 1:  # the first half of its blank line is not part of a frame
                 return [self._broken("oversize_frame")]
             return []
         whole = bytes(tail[:cut])
         del tail[: cut + 2]
         self._searched = len(tail)
         chunks = self._events(whole)
-        if len(tail) > FRAME_BYTES_MAX and not self._over:
+        if len(tail) > FRAME_BYTES_MAX + 1 and not self._over:
             chunks.append(self._broken("oversize_frame"))
         return chunks
 

@@ -215,6 +215,7 @@ async def test_a_kept_connection_that_answered_is_not_retried(transport):
         (b"garbage\r\n\r\n", "protocol"),
         (b"SSH-2.0-OpenSSH_9\r\n", "protocol"),
         (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n", "protocol"),
+        (b"HTTP/1.1 101 Switching Protocols\r\n\r\n" + OK, "protocol"),
         (b"HTTP/1.1 200 OK\r\nX: " + b"a" * 200_000, "protocol"),
         (b"HTTP/1.1 200 OK\r\n" + b"X: aaaaaaaaaa\r\n" * 10_000 + b"\r\n", "protocol"),
         (b"HTTP/1.1 100 Continue\r\n\r\n" * 20 + OK, "protocol"),
@@ -222,7 +223,7 @@ async def test_a_kept_connection_that_answered_is_not_retried(transport):
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nabc", "protocol"),
         (b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\nContent-Length: 2\r\n\r\nhi", "protocol"),
     ],
-    ids=["mid-headers", "garbage", "ssh", "upgrade", "long-header", "many-headers", "interim", "both", "two", "gzip"],
+    ids=["mid-headers", "garbage", "ssh", "upgrade", "bare-upgrade", "long-header", "many-headers", "interim", "both", "two", "gzip"],
 )
 async def test_broken_heads_are_refused(transport, answer, kind):
     """A head that is not one HTTP/1.1 response to our request is a fault in words of ours."""
@@ -371,13 +372,26 @@ async def test_pausing_stops_the_provider_and_resuming_goes_on(transport):
 
 async def test_a_connection_that_ends_paused_is_usable_again(transport):
     """Pausing inside the last read does not leave a deaf connection in the pool."""
-    async with Upstream(says(OK, OK, then="wait")) as up:
+    attached = asyncio.Event()
+
+    async def script(up, reader, writer):
+        await up.request(reader)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n")
+        await attached.wait()
+        writer.write(b"hi")
+        await up.request(reader)
+        writer.write(OK)
+        await reader.read()
+
+    async with Upstream(script) as up:
         first = await transport.open(post(up.url))
         sink = Recorder()
         sink.hook = lambda _: first.pause()
         first.attach(sink)
+        attached.set()
         await asyncio.wait_for(sink.ended.wait(), 5)
-        assert await asyncio.wait_for((await transport.open(post(up.url))).read(10), 5) == b"hi"
+        second = await asyncio.wait_for(transport.open(post(up.url)), 5)
+        assert await second.read(10) == b"hi"
         assert up.connections == 1
 
 
