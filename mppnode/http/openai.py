@@ -114,7 +114,11 @@ class ChatSurface:
         except BaseException:
             await run.abandon()
             raise
-        await run.stream(sink)
+        try:
+            await run.stream(sink)
+        except (ChannelFault, NodeFault):
+            # The status line has gone: an error answer now would be read as part of the stream. Break it off instead.
+            sink.abort()
         await sink.close()
         return response
 

@@ -59,6 +59,11 @@ class EventStream:
         """See :class:`Sink`."""
         return self._transport is None or self._transport.is_closing()
 
+    def abort(self) -> None:
+        """Close the connection without ending the body, so that the client cannot take it for complete."""
+        if self._transport is not None:
+            self._transport.abort()
+
     async def close(self) -> None:
         """End the body."""
         if not self.gone():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import assert_never
+from typing import Final, assert_never
 
 from channels.descriptor import Escrow, SessionProtocol
 from channels.faults import ChannelFault, Reason
@@ -47,6 +47,8 @@ from mppnode.rails.base import ChainIntents, Offer
 from mppnode.rails.live import LiveChannels, VoucherRate
 from mppnode.rails.presented import Presented, Seller, read_presented
 from mppnode.rails.tab import SessionTab, TabPolicy
+
+_BLIND_S: Final = 600.0  # how long vouchers are taken without seeing the chain; a payer's exit takes 900 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,15 +285,22 @@ class SessionRail:
             self._rate.take(account.id, presented.peer)
             domain = self._domains[account.escrow]
             domain.verify(account.id, payload.cumulative, signature, account.descriptor.signer)
-        account = await self._fresh(account)
+        # A payer may have topped up without telling us: look again before refusing for want of deposit.
+        account = await self._fresh(account, force=payload.cumulative > account.chain.deposit)
         plan = await self._books.apply(account.id, AcceptVoucher(Voucher(payload.cumulative, signature)))
         return plan.account
 
-    async def _fresh(self, account: Account) -> Account:
+    async def _fresh(self, account: Account, *, force: bool) -> Account:
         """Look at the chain unless that was done a moment ago: a payer may have asked it to close."""
-        if self._live.checked_within(account.id, self._terms.chain_ttl_s):
+        if not force and self._live.checked_within(account.id, self._terms.chain_ttl_s):
             return account
-        chain = await self._intents.observe(account)
+        try:
+            chain = await self._intents.observe(account)
+        except ChannelFault as fault:
+            # An RPC outage must not cut streams off: within the grace period of a close request nothing can be lost.
+            if fault.reason is Reason.CHAIN_UNAVAILABLE and self._live.checked_within(account.id, _BLIND_S):
+                return account
+            raise
         plan = await self._books.apply(account.id, ObserveChain(chain))
         self._live.checked(account.id)
         return plan.account

@@ -82,6 +82,7 @@ class SessionTab:
         self._clock = clock
         self._policy = policy
         self._consumed = 0
+        self._recorded = 0
         self._window = max(granted - reserve_pico, token_pico)
         self._wanted = 0
         self._renewal: asyncio.Task[None] | None = None
@@ -111,7 +112,8 @@ class SessionTab:
             self._renew_soon()
             return False
         self._consumed = total
-        if self.granted - total - self._reserve < self._window >> 1:
+        if self.granted - total - self._reserve < self._window >> 1 or total - self._recorded > self._window:
+            # The second half is for the prompt, charged with the first token: it should not wait for half a window.
             self._renew_soon()
         return True
 
@@ -188,13 +190,15 @@ class SessionTab:
         steady = int(self._rate * _WINDOW_S) if self._rate else 2 * self._window
         ceiling = self._policy.window_units_max * PICO_PER_UNIT
         self._window = max(min(2 * self._window, steady, ceiling), self._token)
-        delivered = min(self.delivered(), self._consumed)
+        delivered = max(min(self.delivered(), self._consumed), self._recorded)
         target = max(delivered + max(self._window, self._token), self._wanted) + self._reserve
         return Renew(self._hold, Pico(delivered), Pico(target))
 
     def _renewed(self, plan: Plan[Outcome]) -> None:
         grew = plan.result.granted > self.granted
         self.granted = plan.result.granted
+        hold = plan.account.holds.get(self._hold)
+        self._recorded = hold.consumed if hold is not None else self._recorded
         self._adopt(plan.account)
         # Judged on the newest state, not on the plan's: a voucher may have been committed in between, and its
         # ``observe`` has already run. Waiting on the older picture would wait for ever.
