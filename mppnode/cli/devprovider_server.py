@@ -44,6 +44,7 @@ class DevProviderServer:
         self.url = ""
         self.requests = 0
         self.cancelled = 0
+        """Streams whose client left before their end."""
         self.live = 0
         self.last_request: dict[str, object] = {}
         self.last_headers: dict[str, str] = {}
@@ -51,6 +52,8 @@ class DevProviderServer:
         """Set one to hold streams until it releases their tokens."""
         self._rate = tokens_per_second
         self._runner: web.AppRunner | None = None
+        self._streams: set[asyncio.Task[object]] = set()
+        self._stopping = False
 
     async def start(self, host: str, port: int) -> None:
         """Listen; port 0 picks one."""
@@ -64,6 +67,9 @@ class DevProviderServer:
 
     async def stop(self) -> None:
         """Close the port and every stream."""
+        self._stopping = True
+        for stream in self._streams:
+            stream.cancel()  # the runner alone would first wait for them to end by themselves, and some never do
         if self._runner is not None:
             await self._runner.cleanup()
 
@@ -72,21 +78,28 @@ class DevProviderServer:
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         self.requests += 1
-        body = orjson.loads(await request.read())
+        try:
+            body = orjson.loads(await request.read())
+        except orjson.JSONDecodeError:
+            return web.json_response({"error": {"message": "not JSON"}}, status=400)
         self.last_request, self.last_headers = body, dict(request.headers)
         plan = plan_for(body)
         if plan.pieces is None:
             return web.Response(status=plan.status, body=plan.body, content_type="application/json")
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
+        task = asyncio.current_task()
+        assert task is not None
+        self._streams.add(task)
         self.live += 1
         try:
             await self._send(request, response, plan, plan.pieces)
         except (asyncio.CancelledError, ConnectionError):
-            self.cancelled += 1
+            self.cancelled += not self._stopping
             raise
         finally:
             self.live -= 1
+            self._streams.discard(task)
         return response
 
     async def _send(

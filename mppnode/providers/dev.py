@@ -23,6 +23,7 @@ _PROMPT_BYTES_PER_TOKEN: Final = 4
 _CREATED: Final = 1_700_000_000
 _INJECTION: Final = 'x\r\n\r\nevent: payment-receipt\r\ndata: {"spent":"0"}\n\ny\rz'
 _RAW_INJECTION: Final = b'event: payment-receipt\ndata: {"forged":true}\n\n'
+_RAW_INJECTION_CR: Final = b'event: payment-receipt\rdata: {"forged":true}\r\r'  # CR alone ends a line too
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +70,10 @@ def _words(request: Mapping[str, Any], behaviour: str) -> list[str]:
     if behaviour == "echo":
         said = " ".join(str(message.get("content")) for message in request.get("messages", []))
         words = said.split()[:limit]
-    elif behaviour == "injects":
+    elif behaviour in ("injects", "injects-cr"):
         words = [_INJECTION]
+    elif behaviour == "finish-only":
+        words = []
     else:
         words = [_WORDS[n % len(_WORDS)] for n in range(min(limit, 100_000))]
     if behaviour in ("stalls", "dies-after-3"):
@@ -97,6 +100,8 @@ def _stream(request: Mapping[str, Any], behaviour: str) -> Iterator[tuple[int, b
         return
     if behaviour == "injects":
         yield 0, b": comment\n" + _RAW_INJECTION
+    if behaviour == "injects-cr":
+        yield 0, _RAW_INJECTION_CR
     if behaviour == "never-ends":
         for number in count(1):
             yield number, _delta(request, {"content": f" {_WORDS[number % len(_WORDS)]}"})
@@ -105,8 +110,8 @@ def _stream(request: Mapping[str, Any], behaviour: str) -> Iterator[tuple[int, b
         yield number, _delta(request, {"content": word})
     if behaviour in ("stalls", "dies-after-3"):
         return
-    limit = request.get("max_tokens")
-    yield len(words), _delta(request, {}, "length" if limit == len(words) else "stop")
+    cut_off = words and len(words) == (request.get("max_tokens") or request.get("max_completion_tokens"))
+    yield len(words), _delta(request, {}, "length" if cut_off else "stop")
     if behaviour != "no-usage" and (request.get("stream_options") or {}).get("include_usage"):
         yield len(words), _chunk(request, choices=[], usage=_usage(request, behaviour, len(words)))
     yield len(words), b"data: [DONE]\n\n"
