@@ -6,6 +6,7 @@ callers pass ids, amounts and reasons, and ``Secret`` has no text.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable
@@ -42,7 +43,10 @@ def make_log(*, clock: Clock, level: Level, as_json: bool, stream: TextIO | None
         if level < threshold:
             return
         at = to_rfc3339(clock.now_millis())
-        out.write(write({"at": at, "level": level.name.lower(), "event": event, **fields}) + "\n")
+        line = write({"at": at, "level": level.name.lower(), "event": event, **fields}) + "\n"
+        # A full disk or a closed pipe must not fail the payment that is being logged; there is nowhere to say so.
+        with contextlib.suppress(OSError, ValueError):
+            out.write(line)
 
     threshold = level
     return log
