@@ -119,7 +119,7 @@ def plan(account: Account | None, command: Command, *, now: UnixSeconds, policy:
         case ReleaseOrphans():
             return _planned(account, *(Released(hold) for hold in account.holds))
         case ObserveChain():
-            return _observe(account, command.chain)
+            return _planned(account, *_seen(account, command.chain))
         case BeginClose() | FixCapture() | AbortClose() | ConfirmClosed():
             return _closing(account, command, policy)
         case _:
@@ -149,6 +149,16 @@ def _open(account: Account | None, command: Open, policy: Policy) -> Plan[Outcom
         )
     if cumulative > deposit:
         raise _exceeds(cumulative, deposit)
+    if command.chain.close_requested_at is not None:
+        raise ChannelFault(Reason.CHANNEL_FINALIZED, detail="the payer has asked the chain to close this channel")
+    if cumulative < command.chain.settled:
+        raise ChannelFault(
+            Reason.VOUCHER_TOO_LOW,
+            field="cumulativeAmount",
+            detail="is below what the chain has paid out",
+            cumulative=cumulative,
+            settled=command.chain.settled,
+        )
     opened = Account(
         id=command.id,
         escrow=command.escrow,
@@ -230,10 +240,8 @@ def _thin(ladder: tuple[Voucher, ...], spent: int, limit: int) -> tuple[Voucher,
 
 
 def _top_up(account: Account, command: RecordTopUp) -> Plan[Outcome]:
-    events: list[Event] = [ToppedUp(command.credential, command.tx_hash)]
-    if _is_newer(account, command.chain):
-        events.append(ChainObserved(command.chain, _phase_on_chain(account, command.chain)))
-    return _planned(account, *events, result=Outcome(tx_hash=command.tx_hash))
+    recorded = ToppedUp(command.credential, command.tx_hash)
+    return _planned(account, recorded, *_seen(account, command.chain), result=Outcome(tx_hash=command.tx_hash))
 
 
 def _reserve(account: Account, command: Reserve, now: UnixSeconds, policy: Policy) -> Plan[Outcome]:
@@ -304,19 +312,24 @@ def _is_newer(account: Account, chain: ChainSnapshot) -> bool:
 def _phase_on_chain(account: Account, chain: ChainSnapshot) -> Phase:
     if chain.deposit == 0:
         return Phase.CLOSED  # v2 deletes the slot on close and withdraw; v1 reads zero deposit once finalised
-    if account.phase in (Phase.CLOSING, Phase.CAPTURED):
-        return account.phase
     if chain.deposit < account.accepted or chain.settled > account.spent:
         return Phase.SUSPECT
+    if account.close is not None:  # not the phase: a close that was in doubt goes on where it was
+        return Phase.CLOSING if account.close.capture is None else Phase.CAPTURED
+    return _usable(chain)
+
+
+def _usable(chain: ChainSnapshot) -> Phase:
     return Phase.OPEN if chain.close_requested_at is None else Phase.CONTESTED
 
 
-def _observe(account: Account, chain: ChainSnapshot) -> Plan[Outcome]:
+def _seen(account: Account, chain: ChainSnapshot) -> tuple[Event, ...]:
+    """What a look at the chain changes: nothing if it is no news; the end of every hold if it is the channel's end."""
     if not _is_newer(account, chain):
-        return Plan(account, (), Outcome(replayed=True))
+        return ()
     phase = _phase_on_chain(account, chain)
-    released = [Released(hold) for hold in account.holds] if phase is Phase.CLOSED else []
-    return _planned(account, *released, ChainObserved(chain, phase))
+    released = (Released(hold) for hold in account.holds) if phase is Phase.CLOSED else ()
+    return (*released, ChainObserved(chain, phase))
 
 
 def _closing(
@@ -357,11 +370,13 @@ def _begin_close(account: Account, command: BeginClose, policy: Policy) -> Plan[
             cumulative=voucher.cumulative,
             spent=least,
         )
+    if voucher.cumulative > account.chain.deposit:
+        raise _exceeds(voucher.cumulative, account.chain.deposit)
     events: list[Event] = []
-    if voucher.cumulative > account.accepted:
-        if voucher.cumulative > account.chain.deposit:
-            raise _exceeds(voucher.cumulative, account.chain.deposit)
-        events.append(VoucherAccepted(_thin((*account.ladder, voucher), account.spent, policy.ladder_max)))
+    if all(rung.cumulative != voucher.cumulative for rung in account.ladder):
+        # Also between the rungs: v1 pays whole vouchers, and a payer who closes signs exactly what was spent.
+        ladder = sorted((*account.ladder, voucher), key=lambda rung: rung.cumulative)
+        events.append(VoucherAccepted(_thin(tuple(ladder), account.spent, policy.ladder_max)))
     return _planned(account, *events, CloseBegun(CloseRecord(command.challenge_id, voucher.cumulative)))
 
 
@@ -402,7 +417,7 @@ def fold(account: Account | None, event: Event) -> Account:
             record = replace(account.close, capture=event.capture)
             return replace(account, version=version, phase=Phase.CAPTURED, close=record)
         case CloseAborted():
-            return replace(account, version=version, phase=Phase.OPEN, close=None)
+            return replace(account, version=version, phase=_usable(account.chain), close=None)
         case Closed():
             assert account.close is not None
             record = replace(account.close, tx_hash=event.tx_hash)

@@ -186,7 +186,10 @@ class ReleaseOrphans:
 
 @dataclass(frozen=True, slots=True)
 class ObserveChain:
-    """Any phase but CLOSED. Replace the cached chain facts by newer ones; OPEN <-> CONTESTED, or -> SUSPECT, CLOSED."""
+    """Any phase but CLOSED. Replace the cached chain facts by newer ones; OPEN <-> CONTESTED, or -> SUSPECT, CLOSED.
+
+    A contradiction makes a closing channel SUSPECT too; when it is resolved the close goes on where it was.
+    """
 
     chain: ChainSnapshot
 
@@ -206,7 +209,7 @@ class FixCapture:
 
 @dataclass(frozen=True, slots=True)
 class AbortClose:
-    """CLOSING | CAPTURED -> OPEN. Only when the closing transaction provably can never be included."""
+    """CLOSING | CAPTURED -> OPEN | CONTESTED. Only when the closing transaction provably can never be included."""
 
 
 @dataclass(frozen=True, slots=True)

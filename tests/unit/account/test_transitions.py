@@ -53,19 +53,19 @@ COMMANDS: dict[type[Command], Command] = {
     AbortClose: AbortClose(),
     ConfirmClosed: ConfirmClosed(TX, chain(0, block=9)),
 }
-O, N, S, L, C, X = Phase.OPEN, Phase.CONTESTED, Phase.SUSPECT, Phase.CLOSING, Phase.CAPTURED, Phase.CLOSED
+P, N, S, L, C, X = Phase.OPEN, Phase.CONTESTED, Phase.SUSPECT, Phase.CLOSING, Phase.CAPTURED, Phase.CLOSED
 LEADS_TO: dict[type[Command], dict[Phase, Phase]] = {
-    Open: {O: O},
-    AcceptVoucher: {O: O},
-    RecordTopUp: {O: O, N: O},
-    Reserve: {O: O},
-    Renew: {O: O, N: N, L: L, S: S},
-    Finish: {O: O, N: N, L: L, S: S},
-    ReleaseOrphans: {O: O, N: N, L: L, S: S},
-    ObserveChain: {O: O, N: O, L: L, C: C, S: O},
-    BeginClose: {O: L, N: L},
+    Open: {P: P},
+    AcceptVoucher: {P: P},
+    RecordTopUp: {P: P, N: P},
+    Reserve: {P: P},
+    Renew: {P: P, N: N, L: L, S: S},
+    Finish: {P: P, N: N, L: L, S: S},
+    ReleaseOrphans: {P: P, N: N, L: L, S: S},
+    ObserveChain: {P: P, N: P, L: L, C: C, S: P},
+    BeginClose: {P: L, N: L},
     FixCapture: {L: C, C: C},
-    AbortClose: {L: O, C: O},
+    AbortClose: {L: P, C: P},
     ConfirmClosed: {C: X},
 }
 """What is not here is refused as ``CHANNEL_FINALIZED``."""
