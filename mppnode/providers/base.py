@@ -91,7 +91,7 @@ class UpstreamResponse(Protocol):
         ...
 
     def attach(self, sink: Sink) -> None:
-        """Send the body to ``sink`` from now on; what has already arrived follows in the loop's next turn."""
+        """Send the body to ``sink`` from now on; what has already arrived is delivered before this returns."""
         ...
 
     def pause(self) -> None:
@@ -137,7 +137,6 @@ class ChunkDecoder(Protocol):
     def feed(self, data: bytes) -> list[Chunk]:
         """Return the chunks that ``data`` completes.
 
-        Raises:
-            UpstreamFault: ``protocol``; whatever else the same read contained is dropped with it.
+        A broken stream is a last chunk with an ``error``: an exception would lose the whole chunks of the same read.
         """
         ...

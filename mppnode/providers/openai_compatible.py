@@ -21,6 +21,8 @@ FRAME_BYTES_MAX: Final = 256 * 1024
 """One event. Long enough for the top log-probabilities of a burst, short enough to keep per stream."""
 TOKENS_MAX: Final = 10_000_000
 """A count above it is not a usage report: the longest contexts on sale are a tenth of it."""
+CHOICES_MAX: Final = 128
+"""Choices in one event: the most the API lets a caller ask for. Every pair of them is compared."""
 
 _DONE: Final = b"[DONE]"
 _DONE_FRAME: Final = b"data: [DONE]\n\n"
@@ -174,7 +176,7 @@ class OpenAIDecoder:
         for block in whole.split(b"\n\n"):
             if len(block) > FRAME_BYTES_MAX:
                 chunks.append(self._broken("oversize_frame"))
-            elif block.startswith(b"data: {") and b"\n" not in block:
+            elif block.startswith(b"data: {") and block.endswith(b"}") and b"\n" not in block:
                 chunks.append(self._event(block[6:], block))
             else:
                 payload = _payload(block)
@@ -217,9 +219,13 @@ class OpenAIDecoder:
 
 
 def _counts(choices: Any) -> tuple[int, bool]:
-    """Whether the choices of an event carry output (1 or 0; -1 when they are no choices), and whether one finished."""
-    tokens, finished = 0, False
-    if type(choices) is not list:
+    """How many choices of an event carry output (-1 when they are no choices), and whether one has finished.
+
+    Choices are told apart by their index, so naming one twice in an event counts once.
+    """
+    carrying: list[Any] = []
+    finished = False
+    if type(choices) is not list or len(choices) > CHOICES_MAX:
         return -1, False
     for choice in choices:
         if type(choice) is not dict:
@@ -228,12 +234,14 @@ def _counts(choices: Any) -> tuple[int, bool]:
             finished = True
         delta = choice.get("delta")
         if delta is None:
-            continue
-        if type(delta) is not dict:
+            carries = choice.get("text")  # the form of the older completions API, which some servers also send here
+        elif type(delta) is not dict:
             return -1, False
-        if not tokens and (delta.get("content") or any(delta.get(name) for name in _OUTPUT)):
-            tokens = 1
-    return tokens, finished
+        else:
+            carries = delta.get("content") or any(delta.get(name) for name in _OUTPUT)
+        if carries and choice.get("index") not in carrying:
+            carrying.append(choice.get("index"))
+    return len(carrying), finished
 
 
 def _payload(block: bytes) -> bytes | None:

@@ -540,7 +540,7 @@ class Transport:
                 )
         except TimeoutError as error:
             raise UpstreamFault("connect", detail="the provider did not accept a connection in time") from error
-        except OSError as error:
+        except (OSError, UnicodeError) as error:  # UnicodeError: a host name that DNS cannot hold
             raise UpstreamFault("connect", detail="the provider cannot be reached") from error
         finally:
             pool.connecting -= 1

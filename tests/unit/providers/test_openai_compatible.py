@@ -9,6 +9,7 @@ from mppnode.kernel.requests import NODE_ONLY, ChatLimits, parse_chat
 from mppnode.kernel.usage import Usage
 from mppnode.providers.base import UpstreamFault
 from mppnode.providers.openai_compatible import (
+    CHOICES_MAX,
     FRAME_BYTES_MAX,
     TOKENS_MAX,
     OpenAIDecoder,
@@ -105,6 +106,7 @@ PIECES = st.sampled_from(
         b": comment\n\n",
         b"event: x\nid: 1\n" + WORD,
         b"data:{}\n\n",
+        b'data: {"spaced":1} \n\n',
         b'data: {"a":\ndata: 1}\n\n',
         b"\n\n\n",
         DONE,
@@ -154,6 +156,32 @@ def test_no_bytes_can_raise_or_break_a_frame(noise, data):
 def test_an_event_counts_when_it_carries_output(delta, tokens):
     """One for generated output of any kind, nothing for roles, finishes and empty strings."""
     assert [chunk.tokens for chunk in decode(event(delta))] == [tokens]
+
+
+@pytest.mark.parametrize(
+    ("choices", "tokens"),
+    [
+        ([{"index": 0, "delta": {"content": "a"}}, {"index": 1, "delta": {"content": "b"}}], 2),
+        ([{"index": 0, "delta": {"content": "a"}}, {"index": 1, "delta": {"role": "assistant"}}], 1),
+        ([{"index": 0, "delta": {"content": "a"}}, {"index": 0, "delta": {"content": "b"}}], 1),
+        ([{"delta": {"content": "a"}}], 1),
+        ([{"index": [0], "delta": {"content": "a"}}, {"index": {}, "delta": {"content": "b"}}], 2),
+        ([{"index": 0, "text": "a"}, {"index": 1, "text": ""}], 1),
+        ([{"index": 0, "delta": None, "text": "a"}], 1),
+    ],
+)
+def test_every_choice_with_output_counts_once(choices, tokens):
+    """An event that carries several choices is as many tokens, whatever a provider writes as their index."""
+    (chunk,) = decode(b"data: " + orjson.dumps({"choices": choices}) + b"\n\n")
+    assert (chunk.tokens, chunk.error) == (tokens, None)
+
+
+def test_choices_are_bounded():
+    """As many choices as can be asked for are counted, one more is a broken frame."""
+    choices = [{"index": n, "delta": {"content": "a"}} for n in range(CHOICES_MAX + 1)]
+    most, over = (decode(b"data: " + orjson.dumps({"choices": some}) + b"\n\n") for some in (choices[:-1], choices))
+    assert [chunk.tokens for chunk in most] == [CHOICES_MAX]
+    assert [chunk.error for chunk in over] == ["invalid_frame"]
 
 
 def test_finish_usage_and_done_are_recognised():

@@ -509,6 +509,11 @@ async def test_a_port_nobody_listens_on_is_a_connect_fault(transport):
     assert (await fault_of(transport.open(post(url)))).kind == "connect"
 
 
+async def test_a_host_that_is_no_name_is_a_connect_fault(transport):
+    """A host with an empty label never reaches a socket, and fails like any provider that cannot be reached."""
+    assert (await fault_of(transport.open(post("http://a..b/v1/chat/completions")))).kind == "connect"
+
+
 async def test_plain_text_on_a_tls_port_is_a_connect_fault(transport):
     """A handshake that fails is a fault of ours to handle, not an exception of the TLS library."""
 
