@@ -46,12 +46,12 @@ def test_a_price_adds_up_by_hand():
     assert price(usage, rates()) == 60 * 500_000 + 40 * 50_000 + 10 * 1_500_000
 
 
-@given(COUNT, COUNT, COUNT, COUNT, RATE, RATE, RATE)
-def test_a_bill_does_not_depend_on_how_it_is_cut(first, second, out_first, out_second, rate_in, rate_cached, rate_out):
+@given(st.tuples(COUNT, COUNT), st.tuples(COUNT, COUNT), st.tuples(RATE, RATE, RATE))
+def test_a_bill_does_not_depend_on_how_it_is_cut(first, second, numbers):
     """Two parts cost together what the whole costs: nothing is rounded on the way."""
-    terms = Rates(rate_in, rate_cached, rate_out)
-    parts = [Usage(prompt=first, completion=out_first), Usage(prompt=second, completion=out_second)]
-    whole = Usage(prompt=first + second, completion=out_first + out_second)
+    terms = Rates(*numbers)
+    parts = [Usage(prompt=prompt, completion=completion) for prompt, completion in (first, second)]
+    whole = Usage(prompt=first[0] + second[0], completion=first[1] + second[1])
     assert sum(price(part, terms) for part in parts) == price(whole, terms)
 
 
@@ -120,6 +120,13 @@ def test_the_description_states_the_exact_rates(rate_in, rate_cached, rate_out):
     assert terms.version in text
     numbers = [word.strip(",;") for word in text.split() if word[0].isdigit() and "." in word]
     assert [parse_rate(number) for number in numbers[:3]] == [rate_in, rate_cached, rate_out]
+
+
+def test_the_description_is_written_as_prices_are():
+    """At least two places, and no zeros beyond them."""
+    assert describe(rates(500_000, 50_001, 15_000_000)).startswith(
+        "USD per million tokens: input 0.50, cached input 0.050001, output 15.00; "
+    )
 
 
 def test_an_unknown_model_is_refused_with_near_names():
