@@ -95,7 +95,8 @@ async def main() -> None:
         port = 18_402
         path.write_text(CONFIG.format(port=port, rpc=rpc, chain=CHAIN_ID, token=TOKEN, provider=provider.url))
         environ = {**os.environ, "BENCH_SECRET": "x" * 32, "BENCH_KEY": to_hex(payee)}
-        node = await asyncio.create_subprocess_exec(sys.executable, "-m", "mppnode.cli.main", "serve", "--config", str(path), env=environ)
+        command = (sys.executable, "-m", "mppnode.cli.main", "serve", "--config", str(path))
+        node = await asyncio.create_subprocess_exec(*command, env=environ)
         url = f"http://127.0.0.1:{port}/v1/chat/completions"
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
             await wait_for(http, url)
@@ -121,7 +122,9 @@ async def main() -> None:
     )
 
 
-def client(http: aiohttp.ClientSession, rpc: str, chain: DevChain, clock: SystemClock, vouchers: list[object]) -> PayingClient:
+def client(
+    http: aiohttp.ClientSession, rpc: str, chain: DevChain, clock: SystemClock, vouchers: list[object]
+) -> PayingClient:
     signer = LocalSigner(os.urandom(32))
     chain.fund(signer.address, Units(10**9))
     return PayingClient(

@@ -102,8 +102,7 @@ class Node:
         self.rail = rail
         engine = self._build_engine(rail, live)
         self._engine = engine
-        for fault in await rail.resume_closes():
-            self._log("close.waiting", level=Level.WARNING, reason=fault.reason.value)
+        await rail.resume_closes()
         await self._listen(engine, rail, books)
         self._log("node.started", url=self.url, chain=config.chain.chain_id, recovered=recovered)
 

@@ -7,9 +7,12 @@ It recognises credentials, accepts vouchers, opens, tops up and closes channels,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Final, assert_never
+from itertools import chain, repeat
+from typing import Any, Final, TypeVar, assert_never
+from weakref import WeakValueDictionary
 
 from channels.descriptor import Escrow, SessionProtocol
 from channels.faults import ChannelFault, Reason
@@ -48,6 +51,10 @@ from mppnode.rails.live import LiveChannels, VoucherRate
 from mppnode.rails.presented import Presented, Seller, read_presented
 from mppnode.rails.tab import SessionTab, TabPolicy
 
+T = TypeVar("T")
+
+_MAY_YET_CLOSE: Final = frozenset({Reason.CHAIN_UNAVAILABLE, Reason.CHAIN_OUTCOME_UNKNOWN})
+_CLOSE_RETRY_S: Final = (2.0, 5.0, 15.0, 60.0)
 _BLIND_S: Final = 600.0  # how long vouchers are taken without seeing the chain; a payer's exit takes 900 s
 
 
@@ -89,6 +96,7 @@ class SessionRail:
         clock: Clock,
         entropy: Callable[[int], bytes],
         tab_policy: TabPolicy,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._terms = terms
         self._mac = mac
@@ -99,9 +107,12 @@ class SessionRail:
         self._clock = clock
         self._entropy = entropy
         self._tab_policy = tab_policy
+        self._sleep = sleep
         self._domains = {escrow: VoucherDomain(escrow) for escrow in terms.seller.escrows}
         self._rate = VoucherRate(clock)
-        self._closing: dict[ChannelId, asyncio.Lock] = {}
+        # A lock lives as long as somebody holds or awaits it.
+        self._closes: WeakValueDictionary[ChannelId, asyncio.Lock] = WeakValueDictionary()
+        self._background: set[asyncio.Task[None]] = set()
 
     # ----------------------------------------------------------------------------------------------------- offers
 
@@ -163,14 +174,14 @@ class SessionRail:
         """Perform a management credential: nothing is delivered and nothing is charged."""
         match presented.payload:
             case OpenPayload():
-                opened = await self._open(presented, presented.payload)
+                opened = await self._to_the_end(self._open(presented, presented.payload), name="open channel")
                 return self.receipt(presented, opened.account, tx_hash=opened.tx_hash)
             case VoucherPayload():
                 return self.receipt(presented, await self._voucher(presented, presented.payload))
             case TopUpPayload():
-                return await self._top_up(presented, presented.payload)
+                return await self._to_the_end(self._top_up(presented, presented.payload), name="top up channel")
             case ClosePayload():
-                return await self._close(presented, presented.payload)
+                return await self._to_the_end(self._close(presented, presented.payload), name="close channel")
             case _:
                 assert_never(presented.payload)
 
@@ -178,7 +189,7 @@ class SessionRail:
         """Accept the money of a content credential: an open, or a voucher on a known channel."""
         match presented.payload:
             case OpenPayload():
-                return await self._open(presented, presented.payload)
+                return await self._to_the_end(self._open(presented, presented.payload), name="open channel")
             case VoucherPayload():
                 return Opened(await self._voucher(presented, presented.payload), None)
             case _:
@@ -295,13 +306,13 @@ class SessionRail:
         if not force and self._live.checked_within(account.id, self._terms.chain_ttl_s):
             return account
         try:
-            chain = await self._intents.observe(account)
+            seen = await self._intents.observe(account)
         except ChannelFault as fault:
             # An RPC outage must not cut streams off: within the grace period of a close request nothing can be lost.
             if fault.reason is Reason.CHAIN_UNAVAILABLE and self._live.checked_within(account.id, _BLIND_S):
                 return account
             raise
-        plan = await self._books.apply(account.id, ObserveChain(chain))
+        plan = await self._books.apply(account.id, ObserveChain(seen))
         self._live.checked(account.id)
         return plan.account
 
@@ -319,27 +330,34 @@ class SessionRail:
         return self.receipt(presented, plan.account, tx_hash=plan.result.tx_hash)
 
     async def _close(self, presented: Presented, payload: ClosePayload) -> SessionReceipt:
-        lock = self._closing.setdefault(payload.channel_id, asyncio.Lock())
-        try:
-            async with lock:
-                account = await self._known(presented, payload)
-                signature = parse_signature(payload.signature)
-                record = account.close
-                if account.phase is Phase.CLOSED and record is not None and record.tx_hash is not None:
-                    if (record.challenge_id, record.cumulative) == (presented.challenge.id, payload.cumulative):
-                        return self._close_receipt(presented, account, payload, record.tx_hash)
-                    raise ChannelFault(Reason.CHANNEL_FINALIZED, detail="the channel is closed")
-                domain = self._domains[account.escrow]
-                domain.verify(account.id, payload.cumulative, signature, account.descriptor.signer)
-                voucher = Voucher(payload.cumulative, signature)
-                await self._books.apply(account.id, BeginClose(presented.challenge.id, voucher))
-                closed, tx_hash = await self.drive_close(account.id)
-                return self._close_receipt(presented, closed, payload, tx_hash)
-        finally:
-            if not lock.locked():
-                self._closing.pop(payload.channel_id, None)
+        async with self._closing(payload.channel_id):
+            account = await self._known(presented, payload)
+            signature = parse_signature(payload.signature)
+            record = account.close
+            if account.phase is Phase.CLOSED and record is not None and record.tx_hash is not None:
+                if (record.challenge_id, record.cumulative) == (presented.challenge.id, payload.cumulative):
+                    return self._close_receipt(presented, account, payload, record.tx_hash)
+                raise ChannelFault(Reason.CHANNEL_FINALIZED, detail="the channel is closed")
+            domain = self._domains[account.escrow]
+            domain.verify(account.id, payload.cumulative, signature, account.descriptor.signer)
+            voucher = Voucher(payload.cumulative, signature)
+            await self._books.apply(account.id, BeginClose(presented.challenge.id, voucher))
+            try:
+                closed, tx_hash = await self._drive_close(account.id)
+            except ChannelFault as fault:
+                if fault.reason in _MAY_YET_CLOSE:
+                    self._close_later(account.id, _CLOSE_RETRY_S)
+                raise
+            return self._close_receipt(presented, closed, payload, tx_hash)
 
-    async def drive_close(self, channel: ChannelId) -> tuple[Account, Hash32]:
+    @asynccontextmanager
+    async def _closing(self, channel: ChannelId) -> AsyncIterator[None]:
+        """One close of a channel at a time: a second transaction could only revert, and its fee is ours."""
+        lock = self._closes.get(channel) or self._closes.setdefault(channel, asyncio.Lock())
+        async with lock:
+            yield
+
+    async def _drive_close(self, channel: ChannelId) -> tuple[Account, Hash32]:
         """Bring a CLOSING or CAPTURED channel to its end: end its streams, fix the capture, tell the chain.
 
         The order is the law: the capture is durable before anything is signed, and the channel is opened again only
@@ -356,16 +374,45 @@ class SessionRail:
         closed = await self._books.apply(channel, ConfirmClosed(confirmed.tx_hash, confirmed.chain))
         return closed.account, confirmed.tx_hash
 
-    async def resume_closes(self) -> Sequence[ChannelFault]:
-        """Finish the closes a crash interrupted; returns the faults of those that must wait."""
-        faults: list[ChannelFault] = []
+    async def resume_closes(self) -> None:
+        """Take up the closes a crash interrupted; each goes on in the background until the chain has answered."""
         for account in await self._books.accounts():
             if account.phase in (Phase.CLOSING, Phase.CAPTURED):
-                try:
-                    await self.drive_close(account.id)
-                except ChannelFault as fault:
-                    faults.append(fault)
-        return faults
+                self._close_later(account.id, (0.0, *_CLOSE_RETRY_S))
+
+    def _close_later(self, channel: ChannelId, delays_s: tuple[float, ...]) -> None:
+        task = self._owner.start(self._keep_closing(channel, delays_s), name="close channel")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def _keep_closing(self, channel: ChannelId, delays_s: tuple[float, ...]) -> None:
+        """Repeat a close whose outcome is not known, ever less often: the fixed capture makes repeating harmless."""
+        for delay_s in chain(delays_s, repeat(delays_s[-1])):
+            await self._sleep(delay_s)
+            try:
+                async with self._closing(channel):
+                    await self._drive_close(channel)
+            except ChannelFault as fault:
+                if fault.reason not in _MAY_YET_CLOSE:
+                    return  # aborted, already closed by another attempt, or stopped with the ledger
+            else:
+                return
+
+    async def _to_the_end(self, work: Coroutine[Any, Any, T], *, name: str) -> T:
+        """Do ``work`` even if the asker goes away: a transaction that has left must not be forgotten half-way."""
+
+        async def run() -> T | ChannelFault:
+            try:
+                return await work
+            except ChannelFault as fault:  # a refusal is an answer, not a failed task
+                return fault
+
+        task = self._owner.start(run(), name=name)
+        await asyncio.wait({task})
+        outcome = task.result()
+        if isinstance(outcome, ChannelFault):
+            raise outcome
+        return outcome
 
     # ---------------------------------------------------------------------------------------------------- receipts
 
