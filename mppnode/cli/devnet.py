@@ -56,6 +56,8 @@ MODELS: Final = (
     "dev/error-500",
     "dev/error-in-200",
     "dev/injects",
+    "dev/injects-cr",
+    "dev/finish-only",
 )
 
 

@@ -128,11 +128,7 @@ class PaidStream:
 
     def on_body(self, data: bytes) -> None:
         """Take one read of the upstream."""
-        try:
-            self._pending.extend(self._decoder.feed(data))
-        except UpstreamFault as fault:
-            self._fail(fault)
-            return
+        self._pending.extend(self._decoder.feed(data))
         self._pump()
 
     def on_end(self, error: UpstreamFault | None) -> None:
@@ -140,6 +136,8 @@ class PaidStream:
         self._upstream_ended = True
         if error is not None:
             self.error = error
+        else:
+            self._pending.extend(self._decoder.end())
         self._pump()
 
     def _fail(self, fault: UpstreamFault) -> None:
@@ -171,7 +169,7 @@ class PaidStream:
                 tally.tokens += chunk.tokens
                 self._written_pico = total
             pending.popleft()
-            if chunk.usage is not None and not self._take_usage(chunk.usage) and b'"choices":[]' in chunk.frame:
+            if chunk.usage is not None and not self._take_usage(chunk.usage) and not (chunk.tokens or chunk.finished):
                 continue  # a report nobody should believe; the node writes its own at the end
             if chunk.frame:
                 frames.append(chunk.frame)

@@ -140,3 +140,7 @@ class ChunkDecoder(Protocol):
         A broken stream is a last chunk with an ``error``: an exception would lose the whole chunks of the same read.
         """
         ...
+
+    def end(self) -> list[Chunk]:
+        """Return what the provider left unfinished when it closed: an event that lacked only its blank line."""
+        ...

@@ -50,6 +50,10 @@ class LiveChannels:
         """Say how a request is ended from outside: ``end`` returns when its bill is settled."""
         self._enders[tab] = end
 
+    def busy(self, channel: ChannelId) -> bool:
+        """Whether requests of a channel are running."""
+        return channel in self._tabs
+
     async def end_all(self, channel: ChannelId) -> None:
         """End every request of a channel and wait until their bills are settled."""
         enders = [self._enders[tab] for tab in self._tabs.get(channel, ()) if tab in self._enders]

@@ -112,6 +112,7 @@ class SessionRail:
         self._rate = VoucherRate(clock)
         # A lock lives as long as somebody holds or awaits it.
         self._closes: WeakValueDictionary[ChannelId, asyncio.Lock] = WeakValueDictionary()
+        self._admissions: WeakValueDictionary[ChannelId, asyncio.Lock] = WeakValueDictionary()
         self._background: set[asyncio.Task[None]] = set()
 
     # ----------------------------------------------------------------------------------------------------- offers
@@ -202,31 +203,38 @@ class SessionRail:
             ChannelFault: ``INSUFFICIENT_BALANCE`` with the cumulative amount that would do, ``CREDENTIAL_USED``,
                 ``RATE_LIMITED`` or ``CHANNEL_FINALIZED``.
         """
-        if presented.challenge.id in account.tickets:
-            # Decided before the older request is ended: a repeated credential must not be able to stop a live stream.
-            raise ChannelFault(Reason.CREDENTIAL_USED, detail="this credential has already bought a response")
-        await self._live.end_all(account.id)
-        hold = HoldId(self._entropy(8).hex())
-        plan = await self._books.apply(
-            account.id,
-            Reserve(hold, presented.challenge.id, presented.expires, need.floor, need.want),
-        )
-        tab = SessionTab(
-            plan.account,
-            hold,
-            plan.result.granted,
-            challenge_id=presented.challenge.id,
-            token_pico=need.token_pico,
-            reserve_pico=need.reserve_pico,
-            unit_pico=unit * PICO_PER_UNIT,
-            cap_pico=need.cap_pico,
-            books=self._books,
-            owner=self._owner,
-            clock=self._clock,
-            policy=self._tab_policy,
-        )
-        self._live.add(tab)
-        return tab
+        # One admission of a channel at a time. Between a committed hold and its entry among the live tabs nobody could
+        # tell its request that a newer one has fenced it: it would be served to the end, and its bill would be nothing.
+        async with self._admitting(account.id):
+            if self._live.busy(account.id):
+                # Decided before the older request is ended: a repeated credential must not stop a live stream.
+                newest = await self._books.load(account.id)
+                if newest is not None and presented.challenge.id in newest.tickets:
+                    raise ChannelFault(Reason.CREDENTIAL_USED, detail="this credential has already bought a response")
+                await self._live.end_all(account.id)
+            hold = HoldId(self._entropy(8).hex())
+            plan = await self._books.apply(
+                account.id, Reserve(hold, presented.challenge.id, presented.expires, need.floor, need.want)
+            )
+            tab = SessionTab(
+                plan.account,
+                hold,
+                plan.result.granted,
+                challenge_id=presented.challenge.id,
+                token_pico=need.token_pico,
+                reserve_pico=need.reserve_pico,
+                unit_pico=unit * PICO_PER_UNIT,
+                cap_pico=need.cap_pico,
+                books=self._books,
+                owner=self._owner,
+                clock=self._clock,
+                policy=self._tab_policy,
+            )
+            self._live.add(tab)
+            return tab
+
+    def _admitting(self, channel: ChannelId) -> asyncio.Lock:
+        return self._admissions.get(channel) or self._admissions.setdefault(channel, asyncio.Lock())
 
     def done(self, tab: SessionTab) -> None:
         """Forget a finished tab."""
@@ -363,7 +371,8 @@ class SessionRail:
         The order is the law: the capture is durable before anything is signed, and the channel is opened again only
         when the chain surely will not include the close.
         """
-        await self._live.end_all(channel)
+        async with self._admitting(channel):  # a request that is just being admitted must be ended like the others
+            await self._live.end_all(channel)
         plan = await self._books.apply(channel, FixCapture())
         try:
             confirmed = await self._intents.close(plan.account)

@@ -83,6 +83,7 @@ class SessionTab:
         self._policy = policy
         self._consumed = 0
         self._recorded = 0
+        self._ask_from = 0
         self._window = max(granted - reserve_pico, token_pico)
         self._wanted = 0
         self._renewal: asyncio.Task[None] | None = None
@@ -122,6 +123,8 @@ class SessionTab:
 
         Asked one round trip before the money runs out, not when it has: an honest payer's stream then never pauses.
         """
+        if self._consumed < self._ask_from and not self.starved:
+            return None
         self._measure()
         account = self.account
         if self._ended is not None or self._asked_at == account.accepted or account.phase is not Phase.OPEN:
@@ -140,7 +143,9 @@ class SessionTab:
         required, deposit = self._required(base, need, ahead), account.chain.deposit
         patience = _ASK_S if required <= deposit else _TOP_UP_S
         # Half of what a voucher brings is the most a threshold may be: above it every token would ask again.
-        if limit - need >= min(int(rate * patience), ahead >> 1) and not self.starved:
+        slack = limit - need - min(int(rate * patience), ahead >> 1)
+        if slack >= 0 and not self.starved:
+            self._ask_from = self._consumed + (slack >> 1)  # half, because the rate may rise meanwhile
             return None
         if required > deposit > account.accepted and (deposit * PICO_PER_UNIT - base - need) > 0:
             required = deposit  # use up the deposit before asking for a transaction
@@ -228,6 +233,7 @@ class SessionTab:
     def _adopt(self, account: Account) -> None:
         if account.version > self.account.version:
             self.account = account
+            self._ask_from = 0
 
     # ------------------------------------------------------------------------------------------------------- end
 
