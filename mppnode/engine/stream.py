@@ -149,6 +149,9 @@ class PaidStream:
     def _pump(self) -> None:
         if self._ending.done():
             return
+        # Before anything else is written: what the client has taken is owed even if it leaves in the next moment.
+        # Asking only when a hold is renewed would give every reader its first window for nothing.
+        self._delivered()
         pending, tally, tab = self._pending, self._tally, self._tab
         frames: list[bytes] = []
         finished = False
