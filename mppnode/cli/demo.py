@@ -12,14 +12,14 @@ import aiohttp
 from channels import escrow as escrow_v2
 from channels.descriptor import SessionProtocol
 from channels.ids import Hash32, to_hex
-from channels.payer.model import PayerPolicy
+from channels.payer.model import Closed, PayerPolicy
 from channels.payer.signer import LocalSigner
 from channels.units import Pico, Units, format_decimal
 from channels.verify import closed_in
 from channels.wire.sse import NeedVoucher
 from mppnode.chain.rpc import RpcChain, RpcLimits
 from mppnode.chain.transport import HttpTransport
-from mppnode.cli.devnet import CHAIN_ID, FUNDS, PATH_USD, Devnet, DevnetOptions
+from mppnode.cli.devnet import FUNDS, PATH_USD, Devnet, DevnetOptions
 from mppnode.config.schema import LimitsConfig, SessionConfig
 from mppnode.observe.logs import Level
 from mppnode.payer.client import ChannelOpening, DepositAdded, Note, PayingClient, VoucherSent
@@ -39,6 +39,7 @@ class _Seen:
     vouchers: int = 0
     top_ups: int = 0
     asked: int = 0
+    signed: int = 0
     stall_ms: int = 0
     logs: list[dict[str, object]] = field(default_factory=list)
 
@@ -106,7 +107,7 @@ async def run_demo(*, as_json: bool) -> int:
         await _stream(client, net, seen, screen)
         closed = await client.close(net.chat_url)
         assert closed is not None, "there is a channel to close"
-        summary = await _books(net, client, chain, seen, closed.tx_hash)
+        summary = await _books(net, chain, seen, closed)
     if as_json:
         print(json.dumps(summary))
     else:
@@ -135,6 +136,7 @@ def _note(note: Note, seen: _Seen, screen: _Screen) -> None:
             seen.asked += 1
         case VoucherSent():
             seen.vouchers += 1
+            seen.signed = max(seen.signed, note.cumulative)
             screen.quiet(f"voucher: up to {format_decimal(note.cumulative)} USD in total, after {seen.tokens} tokens")
         case DepositAdded():
             seen.top_ups += 1
@@ -161,11 +163,8 @@ async def _stream(client: PayingClient, net: Devnet, seen: _Seen, screen: _Scree
     screen.line()
 
 
-async def _books(
-    net: Devnet, client: PayingClient, chain: RpcChain, seen: _Seen, tx_hash: Hash32
-) -> dict[str, Any]:
+async def _books(net: Devnet, chain: RpcChain, seen: _Seen, closed: Closed) -> dict[str, Any]:
     """Read the same story from the payer, the ledger and the chain."""
-    (session,) = client.sessions()
     assert net.node.books is not None
     (account,) = await net.node.books.accounts()
     logs = await chain.logs(
@@ -174,14 +173,14 @@ async def _books(
     event = closed_in(account.id, net.escrow, logs)
     assert event is not None, "the chain closed the channel"
     captured, refunded = int(event.settled), int(event.refunded)
-    ended = next(line for line in seen.logs if line["event"] == "request.ended")
-    payer_spent = int(session.state.spent) or int(str(ended["spent"]))
+    told = int(closed.spent)
     paid, earned = FUNDS - net.chain.balance(net.payer), net.chain.balance(net.payee) - FUNDS
     agree = (
-        captured == account.spent == payer_spent == paid == earned
+        captured == account.spent == told == paid == earned
+        and account.accepted == seen.signed
         and account.close is not None
         and account.close.capture == captured
-        and account.close.tx_hash == tx_hash
+        and account.close.tx_hash == closed.tx_hash
     )
     return {
         "ok": agree and seen.tokens == _TOKENS,
@@ -195,8 +194,8 @@ async def _books(
         "captured": captured,
         "refunded": refunded,
         "books_agree": agree,
-        "payer": {"spent": payer_spent, "paid": paid},
-        "chain": {"earned": earned, "transaction": to_hex(tx_hash)},
+        "payer": {"signed": seen.signed, "spent": told, "paid": paid},
+        "chain": {"earned": earned, "transaction": to_hex(closed.tx_hash)},
     }
 
 
@@ -204,7 +203,7 @@ def _table(screen: _Screen, summary: dict[str, Any]) -> None:
     spent, refunded = summary["spent"], summary["refunded"]
     rows = (
         ("", "payer", "node's ledger", "chain"),
-        ("permitted", _usd(summary["accepted"]), _usd(summary["accepted"]), ""),
+        ("permitted", _usd(summary["payer"]["signed"]), _usd(summary["accepted"]), ""),
         ("spent", _usd(summary["payer"]["spent"]), _usd(spent), _usd(summary["captured"])),
         ("moved", _usd(summary["payer"]["paid"]), _usd(spent), _usd(summary["chain"]["earned"])),
         ("refunded", "", "", _usd(refunded)),
@@ -223,5 +222,3 @@ def _table(screen: _Screen, summary: dict[str, Any]) -> None:
 def _usd(units: int) -> str:
     return format_decimal(units)
 
-
-__all__ = ["CHAIN_ID", "run_demo"]
