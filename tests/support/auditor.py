@@ -1,0 +1,272 @@
+"""A second, dumber set of books for one channel: lists and sums, written from the rules, sharing no code with the product.
+
+Every method first decides what must happen (a reason, or an answer) and then, if it is allowed, writes it down. Amounts
+are plain integers: units, and pico where a name says so.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from channels.faults import Reason
+
+PICO = 10**6
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What must happen: a refusal, a repeat, or a change; pico where the answer carries an amount."""
+
+    reason: Reason | None = None
+    replayed: bool = False
+    granted_pico: int = 0
+    unpaid_pico: int = 0
+
+
+REPEAT = Verdict(replayed=True)
+DONE = Verdict()
+
+
+@dataclass
+class Limits:
+    deposit_min: int = 0
+    delta_min: int = 0
+    holds_max: int = 8
+    tickets_max: int = 256
+
+
+@dataclass
+class Facts:
+    deposit: int
+    settled: int
+    asked_at: int | None
+    block: int
+
+
+@dataclass
+class Request:
+    """One live request: what it may use in total and what it has been charged so far."""
+
+    granted_pico: int
+    charged_pico: int = 0
+
+    @property
+    def rest_pico(self) -> int:
+        return self.granted_pico - self.charged_pico
+
+
+@dataclass
+class Auditor:
+    """The books of one channel that may not exist yet."""
+
+    limits: Limits
+    pays_whole_vouchers: bool
+    phase: str = "none"
+    chain: Facts = field(default_factory=lambda: Facts(0, 0, None, 0))
+    vouchers: list[int] = field(default_factory=list)
+    bills_pico: list[int] = field(default_factory=list)
+    """What every request that has ended was charged in the end, and first what the chain had paid before."""
+    live: dict[str, Request] = field(default_factory=dict)
+    shown: int = 0
+    """The highest number of spent units anybody was ever shown."""
+    tickets: dict[str, int] = field(default_factory=dict)
+    top_ups: list[bytes] = field(default_factory=list)
+    closing: tuple[str, int] | None = None
+    capture: int | None = None
+
+    # --- sums
+
+    @property
+    def accepted(self) -> int:
+        return max(self.vouchers)
+
+    @property
+    def owed_pico(self) -> int:
+        return sum(self.bills_pico) + sum(request.charged_pico for request in self.live.values())
+
+    @property
+    def free_pico(self) -> int:
+        return self.accepted * PICO - self.owed_pico - sum(request.rest_pico for request in self.live.values())
+
+    def _show(self) -> None:
+        self.shown = max(self.shown, self.owed_pico // PICO)
+
+    def _end(self, name: str) -> None:
+        self.bills_pico.append(self.live.pop(name).charged_pico)
+
+    def _end_all(self) -> None:
+        for name in list(self.live):
+            self._end(name)
+
+    def _heard_in(self, *phases: str) -> Verdict | None:
+        if self.phase == "none":
+            return Verdict(Reason.CHANNEL_NOT_FOUND)
+        return None if self.phase in phases else Verdict(Reason.CHANNEL_FINALIZED)
+
+    # --- the channel
+
+    def open(self, cumulative: int, facts: Facts) -> Verdict:
+        if self.phase != "none":
+            return REPEAT if self.phase == "open" else Verdict(Reason.CHANNEL_FINALIZED)
+        if facts.deposit < self.limits.deposit_min:
+            return Verdict(Reason.DEPOSIT_TOO_SMALL)
+        if cumulative > facts.deposit:
+            return Verdict(Reason.VOUCHER_EXCEEDS_DEPOSIT)
+        if facts.asked_at is not None:
+            return Verdict(Reason.CHANNEL_FINALIZED)
+        if cumulative < facts.settled:
+            return Verdict(Reason.VOUCHER_TOO_LOW)
+        self.phase, self.chain, self.vouchers = "open", facts, [cumulative]
+        self.bills_pico = [facts.settled * PICO]
+        self._show()
+        return DONE
+
+    def voucher(self, cumulative: int) -> Verdict:
+        if (refused := self._heard_in("open")) is not None:
+            return refused
+        if cumulative == self.accepted:
+            return REPEAT
+        if cumulative > self.chain.deposit:
+            return Verdict(Reason.VOUCHER_EXCEEDS_DEPOSIT)
+        if cumulative < self.accepted:
+            return Verdict(Reason.VOUCHER_TOO_LOW)
+        if cumulative < self.accepted + self.limits.delta_min:
+            return Verdict(Reason.VOUCHER_DELTA_TOO_SMALL)
+        self.vouchers.append(cumulative)
+        return DONE
+
+    def top_up(self, credential: bytes, facts: Facts) -> Verdict:
+        if credential in self.top_ups:
+            return REPEAT
+        if (refused := self._heard_in("open", "contested")) is not None:
+            return refused
+        self.top_ups.append(credential)
+        self._look(facts)
+        return DONE
+
+    def observe(self, facts: Facts) -> Verdict:
+        if (refused := self._heard_in("open", "contested", "closing", "captured", "suspect")) is not None:
+            return refused
+        return DONE if self._look(facts) else REPEAT
+
+    def _look(self, facts: Facts) -> bool:
+        if facts.block < self.chain.block or facts == self.chain:
+            return False
+        self.chain = facts
+        if facts.deposit == 0:
+            self.phase = "closed"
+            self._end_all()
+        elif facts.deposit < self.accepted or facts.settled > self.shown:
+            self.phase = "suspect"
+        elif self.capture is not None:
+            self.phase = "captured"
+        elif self.closing is not None:
+            self.phase = "closing"
+        else:
+            self.phase = "open" if facts.asked_at is None else "contested"
+        return True
+
+    # --- requests
+
+    def reserve(self, name: str, ticket: str, expires: int, floor_pico: int, want_pico: int, *, preempt: bool, now: int) -> Verdict:
+        if (refused := self._heard_in("open")) is not None:
+            return refused
+        if name in self.live:
+            return Verdict(replayed=True, granted_pico=self.live[name].granted_pico)
+        if ticket in self.tickets:
+            return Verdict(Reason.CREDENTIAL_USED)
+        if len([at for at in self.tickets.values() if at > now]) >= self.limits.tickets_max:
+            return Verdict(Reason.RATE_LIMITED)
+        others = {} if preempt else self.live
+        if len(others) >= self.limits.holds_max:
+            return Verdict(Reason.CHANNEL_BUSY)
+        free = self.accepted * PICO - self.owed_pico - sum(request.rest_pico for request in others.values())
+        if free < floor_pico:
+            return Verdict(Reason.INSUFFICIENT_BALANCE)
+        if preempt:
+            self._end_all()
+        self.tickets = {known: at for known, at in self.tickets.items() if at > now} | {ticket: expires}
+        granted = min(want_pico, free)
+        self.live[name] = Request(granted)
+        return Verdict(granted_pico=granted)
+
+    def renew(self, name: str, charged_pico: int, want_pico: int) -> Verdict:
+        if (refused := self._heard_in("open", "contested", "closing", "suspect")) is not None:
+            return refused
+        if name not in self.live:
+            return Verdict(Reason.HOLD_FENCED)
+        request = self.live[name]
+        grown = max(0, want_pico - request.granted_pico) if self.phase == "open" else 0
+        grown = min(grown, self.free_pico)
+        repeat = grown == 0 and charged_pico == request.charged_pico
+        request.granted_pico += grown
+        request.charged_pico = charged_pico
+        self._show()
+        return Verdict(replayed=repeat, granted_pico=request.granted_pico)
+
+    def finish(self, name: str, total_pico: int) -> Verdict:
+        if (refused := self._heard_in("open", "contested", "closing", "suspect")) is not None:
+            return refused
+        if name not in self.live:
+            return Verdict(Reason.HOLD_FENCED)
+        request = self.live[name]
+        paid = min(total_pico, request.granted_pico + self.free_pico)
+        request.charged_pico = paid
+        self._show()
+        self._end(name)
+        return Verdict(unpaid_pico=total_pico - paid)
+
+    def orphans(self) -> Verdict:
+        if (refused := self._heard_in("open", "contested", "closing", "suspect")) is not None:
+            return refused
+        repeat = not self.live
+        self._end_all()
+        return REPEAT if repeat else DONE
+
+    # --- the end
+
+    def begin_close(self, challenge: str, cumulative: int | None) -> Verdict:
+        if (refused := self._heard_in("open", "contested", "closing", "captured")) is not None:
+            return refused
+        if self.closing is not None:
+            return REPEAT if self.closing[0] == challenge else Verdict(Reason.CHANNEL_FINALIZED)
+        amount = self.accepted if cumulative is None else cumulative
+        if cumulative is not None:
+            if amount < max(self.shown, self.chain.settled):
+                return Verdict(Reason.CLOSE_BELOW_SPENT)
+            if amount > self.chain.deposit:
+                return Verdict(Reason.VOUCHER_EXCEEDS_DEPOSIT)
+            self.vouchers.append(amount)
+        self.phase, self.closing = "closing", (challenge, amount)
+        return DONE
+
+    def fix_capture(self) -> Verdict:
+        if (refused := self._heard_in("closing", "captured")) is not None:
+            return refused
+        if self.phase == "captured":
+            return REPEAT
+        if self.live:
+            return Verdict(Reason.CHANNEL_BUSY)
+        self.phase, self.capture = "captured", self.due
+        return DONE
+
+    @property
+    def due(self) -> int:
+        """What the node may take in total: what was consumed, or what the chain has paid already."""
+        consumed = self.owed_pico // PICO
+        if self.pays_whole_vouchers:
+            consumed = max((amount for amount in self.vouchers if amount <= consumed), default=0)
+        return max(consumed, self.chain.settled)
+
+    def abort_close(self) -> Verdict:
+        if (refused := self._heard_in("closing", "captured")) is not None:
+            return refused
+        self.phase = "open" if self.chain.asked_at is None else "contested"
+        self.closing = self.capture = None
+        return DONE
+
+    def confirm_closed(self, facts: Facts) -> Verdict:
+        if (refused := self._heard_in("captured")) is not None:
+            return refused
+        self.phase, self.chain = "closed", facts
+        return DONE
