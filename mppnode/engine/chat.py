@@ -313,6 +313,8 @@ class PaidChat:
         total, ending = Pico(0), Ending.UPSTREAM_FAILED
         try:
             document = await self._read()
+            # From here on nobody interrupts: cancelled while the charge commits, it would be billed and not delivered.
+            self._waiting = None
             total, ending = Pico(min(self.tally.total(), self.tab.granted)), Ending.COMPLETE
         finally:
             if ending is not Ending.COMPLETE and self.upstream is not None:
@@ -348,10 +350,13 @@ def _need(chat: ChatRequest, model: Model) -> Need:
     charged = price(Usage(prompt=prompt_tokens_charged(chat.prompt_bytes)), rates)
     whole = max(prompt + min(chat.max_tokens, model.max_output) * chat.choices * rates.output, 1)
     if not chat.stream:
-        return Need(Pico(whole), Pico(whole), reserve_pico=0, token_pico=token, cap_pico=whole)
+        return Need(Pico(whole), Pico(whole), reserve_pico=0, token_pico=token, cap_pico=whole, stream=False)
     floor = prompt + chat.choices * token
     want = min(prompt + _FIRST_WINDOW_TOKENS * token, max(whole, floor))
-    return Need(Pico(floor), Pico(want), reserve_pico=prompt - charged, token_pico=token, cap_pico=max(whole, floor))
+    cap = max(whole, floor)
+    return Need(
+        Pico(floor), Pico(want), reserve_pico=prompt - charged, token_pico=token, cap_pico=cap, stream=True
+    )
 
 
 def _all_failed(attempt: Attempt) -> NodeFault:

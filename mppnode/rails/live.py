@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Final
 
 from channels.faults import ChannelFault, Reason
@@ -25,6 +25,7 @@ class LiveChannels:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._tabs: dict[ChannelId, list[SessionTab]] = {}
+        self._streams: set[SessionTab] = set()
         self._enders: dict[SessionTab, Callable[[], Awaitable[None]]] = {}
         self._checked: OrderedDict[ChannelId, float] = OrderedDict()
 
@@ -33,9 +34,11 @@ class LiveChannels:
         for tab in self._tabs.get(account.id, ()):
             tab.observe(account)
 
-    def add(self, tab: SessionTab) -> None:
-        """Register a running request."""
+    def add(self, tab: SessionTab, *, stream: bool) -> None:
+        """Register a running request, and whether it is a stream."""
         self._tabs.setdefault(tab.account.id, []).append(tab)
+        if stream:
+            self._streams.add(tab)
 
     def remove(self, tab: SessionTab) -> None:
         """Forget a finished request."""
@@ -45,18 +48,26 @@ class LiveChannels:
         if not tabs:
             self._tabs.pop(tab.account.id, None)
         self._enders.pop(tab, None)
+        self._streams.discard(tab)
 
     def on_supersede(self, tab: SessionTab, end: Callable[[], Awaitable[None]]) -> None:
         """Say how a request is ended from outside: ``end`` returns when its bill is settled."""
         self._enders[tab] = end
 
-    def busy(self, channel: ChannelId) -> bool:
-        """Whether requests of a channel are running."""
-        return channel in self._tabs
+    def streaming(self, channel: ChannelId) -> bool:
+        """Whether a stream of a channel is running."""
+        return not self._streams.isdisjoint(self._tabs.get(channel, ()))
+
+    async def end_streams(self, channel: ChannelId) -> None:
+        """End the streams of a channel and wait until their bills are settled; buffered requests go on."""
+        await self._end(tab for tab in self._tabs.get(channel, ()) if tab in self._streams)
 
     async def end_all(self, channel: ChannelId) -> None:
         """End every request of a channel and wait until their bills are settled."""
-        enders = [self._enders[tab] for tab in self._tabs.get(channel, ()) if tab in self._enders]
+        await self._end(self._tabs.get(channel, ()))
+
+    async def _end(self, tabs: Iterable[SessionTab]) -> None:
+        enders = [self._enders[tab] for tab in tabs if tab in self._enders]
         if enders:
             await asyncio.gather(*(end() for end in enders))
 

@@ -79,6 +79,8 @@ class Need:
     token_pico: int
     cap_pico: int
     """The most the request can cost."""
+    stream: bool
+    """Whether the answer is a stream: a channel has one of those at a time."""
 
 
 class SessionRail:
@@ -206,15 +208,18 @@ class SessionRail:
         # One admission of a channel at a time. Between a committed hold and its entry among the live tabs nobody could
         # tell its request that a newer one has fenced it: it would be served to the end, and its bill would be nothing.
         async with self._admitting(account.id):
-            if self._live.busy(account.id):
-                # Decided before the older request is ended: a repeated credential must not stop a live stream.
+            if need.stream and self._live.streaming(account.id):
+                # Decided before the older stream is ended: a repeated credential must not stop it.
                 newest = await self._books.load(account.id)
                 if newest is not None and presented.challenge.id in newest.tickets:
                     raise ChannelFault(Reason.CREDENTIAL_USED, detail="this credential has already bought a response")
-                await self._live.end_all(account.id)
+                await self._live.end_streams(account.id)
             hold = HoldId(self._entropy(8).hex())
             plan = await self._books.apply(
-                account.id, Reserve(hold, presented.challenge.id, presented.expires, need.floor, need.want)
+                account.id,
+                # One stream per channel, and it has just been ended above; buffered requests share the channel, each
+                # with its whole worst case held, so several of one agent run side by side.
+                Reserve(hold, presented.challenge.id, presented.expires, need.floor, need.want, preempt=False),
             )
             tab = SessionTab(
                 plan.account,
@@ -230,7 +235,7 @@ class SessionRail:
                 clock=self._clock,
                 policy=self._tab_policy,
             )
-            self._live.add(tab)
+            self._live.add(tab, stream=need.stream)
             return tab
 
     def _admitting(self, channel: ChannelId) -> asyncio.Lock:
