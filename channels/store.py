@@ -44,7 +44,7 @@ class ChannelStore(Protocol):
         ...
 
     async def accounts(self) -> Sequence[Account]:
-        """Every account, oldest first."""
+        """Every account, in the order of their ids."""
         ...
 
     async def journal(self, channel: ChannelId) -> Sequence[Event]:

@@ -92,14 +92,19 @@ class SqliteStore:
         ready: asyncio.Future[None] = self._loop.create_future()
         self._thread = threading.Thread(target=self._run, args=(ready,), name="ledger-writer", daemon=True)
         self._thread.start()
-        await ready
+        try:
+            await ready
+        except BaseException:
+            await self.stop()
+            raise
 
     async def stop(self) -> None:
         """Commit what is queued, close the file, give the lock back."""
-        if self._thread is not None:
+        # Gone at once: what is asked from here on would queue behind the end and wait for ever.
+        thread, self._thread = self._thread, None
+        if thread is not None:
             self._queue.put(None)
-            await asyncio.get_running_loop().run_in_executor(None, self._thread.join)
-            self._thread = None
+            await asyncio.get_running_loop().run_in_executor(None, thread.join)
         if self._lock_file is not None:
             os.close(self._lock_file)
             self._lock_file = None
@@ -151,13 +156,21 @@ class SqliteStore:
         stopping = False
         while not stopping:
             batch, stopping = self._take()
-            answers, committed = self._commit(connection, batch)
-            if answers:
+            if batch:
+                answers, committed = self._commit(connection, batch)
                 self._loop.call_soon_threadsafe(self._deliver, answers, committed)
         connection.close()
 
     def _connect(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self._path, isolation_level=None, timeout=_BUSY_S)
+        try:
+            self._prepare(connection)
+        except BaseException:
+            connection.close()
+            raise
+        return connection
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
         # Never rely on the build's defaults: FULL is what makes "accepted" survive a power cut.
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
@@ -168,7 +181,6 @@ class SqliteStore:
         if found == 0:
             script = resources.files("mppnode.ledger").joinpath("sql/sqlite_001.sql").read_text()
             connection.executescript(f"BEGIN IMMEDIATE;\n{script}\nPRAGMA user_version = {_SCHEMA_VERSION};\nCOMMIT;")
-        return connection
 
     def _take(self) -> tuple[list[_Op], bool]:
         """Wait for work, then take all that is there: the batch is whatever arrived during the last fsync."""
@@ -190,11 +202,13 @@ class SqliteStore:
         staged: dict[ChannelId, Account] = {}
         committed: list[Account] = []
         answers: list[_Answer] = []
+        if self._broken:  # what was queued before the failure: a disk may work again, its promises do not
+            return self._unavailable(batch), []
         try:
             connection.execute("BEGIN IMMEDIATE")
             answers.extend(self._perform(connection, op, staged, committed) for op in batch)
             connection.execute("COMMIT")
-        except sqlite3.Error as error:
+        except Exception as error:  # noqa: BLE001 - also a row that changed under us: the thread must go on answering
             return self._failed(connection, batch, error), []
         for channel, account in staged.items():
             self._remember(channel, account)
@@ -256,15 +270,19 @@ class SqliteStore:
         while len(self._cache) > _CACHE_MAX:
             self._cache.popitem(last=False)
 
-    def _failed(self, connection: sqlite3.Connection, batch: list[_Op], error: sqlite3.Error) -> list[_Answer]:
+    def _failed(self, connection: sqlite3.Connection, batch: list[_Op], error: Exception) -> list[_Answer]:
         """Nothing of the batch is certain: refuse all of it, forget the cache, and let the node decide to stop."""
         self._cache.clear()
         with contextlib.suppress(sqlite3.Error):  # the transaction may already be gone; the first error matters
             connection.execute("ROLLBACK")
-        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # a backup passes; anything else is the disk
+        # A backup passes; anything else is the disk. Errors of the binding itself (a closed file) carry no code.
+        if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF != sqlite3.SQLITE_BUSY:
             self._broken = True
             assert self._loop is not None
             self._loop.call_soon_threadsafe(self._on_fatal, error)
+        return self._unavailable(batch)
+
+    def _unavailable(self, batch: list[_Op]) -> list[_Answer]:
         fault = ChannelFault(Reason.STORE_UNAVAILABLE, detail="the ledger could not be written")
         return [_Answer(op, error=fault) for op in batch]
 
@@ -273,7 +291,7 @@ class SqliteStore:
     def _deliver(self, answers: list[_Answer], committed: list[Account]) -> None:
         for account in committed:
             for listener in self._listeners:
-                listener(account)
+                self._tell(listener, account)
         for answer in answers:
             if answer.op.future.done():  # the asker was cancelled; what was committed stays committed
                 continue
@@ -281,6 +299,14 @@ class SqliteStore:
                 answer.op.future.set_exception(answer.error)
             else:
                 answer.op.future.set_result(answer.value)
+
+
+    def _tell(self, listener: Callable[[Account], None], account: Account) -> None:
+        try:
+            listener(account)
+        except Exception as error:  # noqa: BLE001 - one request's bug; the answers of the whole batch come after it
+            assert self._loop is not None
+            self._loop.call_exception_handler({"message": "a ledger listener failed", "exception": error})
 
 
 _SELECT: Final = f"SELECT id, terms, {','.join(COLUMNS)} FROM channel"  # noqa: S608 - our own names
@@ -297,4 +323,4 @@ def _account_of(row: Sequence[Any]) -> Account:
 
 
 def _all_accounts(connection: sqlite3.Connection) -> list[Account]:
-    return [_account_of(row) for row in connection.execute(_SELECT)]
+    return [_account_of(row) for row in connection.execute(f"{_SELECT} ORDER BY id")]
