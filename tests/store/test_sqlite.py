@@ -277,10 +277,14 @@ async def test_real_refusals_of_the_disk_are_fatal(rig: Rig, how: str) -> None:
         on_thread[how]()
         return Plan(account, (), Outcome())
 
-    with pytest.raises(ChannelFault):  # the sabotaged step itself ends in a COMMIT, which a closed file refuses
-        await asyncio.wait_for(rig.store.transact(CHANNEL, sabotage), PATIENCE_S)
+    async def go_on() -> None:
+        await asyncio.wait_for(rig.store.transact(CHANNEL, sabotage), PATIENCE_S)  # a closed file refuses its COMMIT
         for n in range(200):  # a full disk has some room left
             await rig.ask(AcceptVoucher(voucher(101 + n)))
+
+    with pytest.raises(ChannelFault) as caught:
+        await go_on()
+    assert caught.value.reason is Reason.STORE_UNAVAILABLE
     assert len(rig.fatal) == 1
     assert isinstance(rig.fatal[0], sqlite3.Error)
     assert await refused(rig, AcceptVoucher(voucher(900))) is Reason.STORE_UNAVAILABLE
