@@ -54,8 +54,8 @@ from mppnode.rails.tab import SessionTab, TabPolicy
 T = TypeVar("T")
 
 _MAY_YET_CLOSE: Final = frozenset({Reason.CHAIN_UNAVAILABLE, Reason.CHAIN_OUTCOME_UNKNOWN})
-_CLOSE_RETRY_S: Final = (2.0, 5.0, 15.0, 60.0)
-_BLIND_S: Final = 600.0  # how long vouchers are taken without seeing the chain; a payer's exit takes 900 s
+_CLOSE_RETRY_S: Final = (2, 5, 15, 60)
+_BLIND_S: Final = 600  # how long vouchers are taken without seeing the chain; a payer's exit takes 900 s
 
 
 @dataclass(frozen=True, slots=True)
@@ -392,14 +392,14 @@ class SessionRail:
         """Take up the closes a crash interrupted; each goes on in the background until the chain has answered."""
         for account in await self._books.accounts():
             if account.phase in (Phase.CLOSING, Phase.CAPTURED):
-                self._close_later(account.id, (0.0, *_CLOSE_RETRY_S))
+                self._close_later(account.id, (0, *_CLOSE_RETRY_S))
 
-    def _close_later(self, channel: ChannelId, delays_s: tuple[float, ...]) -> None:
+    def _close_later(self, channel: ChannelId, delays_s: tuple[int, ...]) -> None:
         task = self._owner.start(self._keep_closing(channel, delays_s), name="close channel")
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _keep_closing(self, channel: ChannelId, delays_s: tuple[float, ...]) -> None:
+    async def _keep_closing(self, channel: ChannelId, delays_s: tuple[int, ...]) -> None:
         """Repeat a close whose outcome is not known, ever less often: the fixed capture makes repeating harmless."""
         for delay_s in chain(delays_s, repeat(delays_s[-1])):
             await self._sleep(delay_s)
