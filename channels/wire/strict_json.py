@@ -45,7 +45,8 @@ def loads(
     """
     try:
         text = _text(data, size_max)
-        _limit_depth(text, depth_max)
+        if not nested_within(text, depth_max):
+            raise _Refused("is nested too deeply")
         value: object = json.loads(
             text,
             object_pairs_hook=_unique,
@@ -72,19 +73,23 @@ def _text(data: bytes | str, size_max: int) -> str:
         raise _Refused("is not UTF-8") from None
 
 
-def _limit_depth(text: str, depth_max: int) -> None:
-    # Before the parser, not after: the parser recurses once per level.
+def nested_within(text: str, depth_max: int) -> bool:
+    """Tell, without parsing, whether no more than ``depth_max`` containers of a JSON text are open at once.
+
+    For before the parser, not after: the parser recurses once per level, and how deep it may go depends on the caller.
+    """
     if text.count("[") + text.count("{") <= depth_max:
-        return
+        return True
     depth = 0
     for match in _STRING_OR_BRACKET.finditer(text):
         found = match.group()
         if found in ("[", "{"):
             depth += 1
             if depth > depth_max:
-                raise _Refused("is nested too deeply")
+                return False
         elif found in ("]", "}"):
             depth -= 1
+    return True
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:

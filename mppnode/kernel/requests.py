@@ -14,6 +14,7 @@ from typing import Any, Final, NoReturn
 
 import orjson
 
+from channels.wire.strict_json import nested_within
 from mppnode.kernel.faults import NodeFault, NodeReason
 
 NODE_ONLY: Final = frozenset(
@@ -198,6 +199,8 @@ def parse_object(body: bytes, *, limits: ChatLimits) -> dict[str, Any]:
         text = body.decode("utf-8")
     except UnicodeDecodeError:
         _not_json("is not UTF-8")
+    if not nested_within(text, limits.depth):
+        _not_json("is nested too deeply")
     try:
         value = json.loads(
             text,
@@ -206,8 +209,6 @@ def parse_object(body: bytes, *, limits: ChatLimits) -> dict[str, Any]:
             parse_int=_bounded_int,
             parse_float=_finite_float,
         )
-    except RecursionError:
-        _not_json("is nested too deeply")
     except ValueError:
         _not_json("is not valid JSON")
     if not isinstance(value, dict):
