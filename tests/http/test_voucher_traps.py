@@ -140,7 +140,8 @@ async def test_t32_t33_p21_only_canonical_signatures_count(world: World, action:
         "open": world.payer.open(world.payer.channel()),
     }[action]
     for name, text in shapes(payload.signature).items():
-        world.clock.advance(1)  # the voucher rate is another test's subject
+        if action != "open":
+            world.clock.advance(1)  # the voucher rate is another test's subject
         credential = bent(await world.pay(payload), "payload.signature", text)
         await refused(world, credential, "invalid_signature")
         assert name

@@ -171,7 +171,7 @@ class Stream:
         """The pieces of text."""
         found = []
         for chunk in self.chunks:
-            for choice in chunk["choices"]:
+            for choice in chunk.get("choices", []):
                 text = choice["delta"].get("content")
                 if text:
                     found.append(text)
