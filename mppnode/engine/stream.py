@@ -213,7 +213,10 @@ class PaidStream:
 
     def _flow(self) -> None:
         """Match the upstream's pace to money and to the client's reading; never a timer per token."""
-        starved, stalled = bool(self._pending), self._sink.buffered() > _HIGH_WATER
+        buffered = self._sink.buffered()
+        if not buffered:  # noted now: at a disconnect it is too late to ask, and what was read would be free
+            self._drained_pico, self._drained_tokens = self._written_pico, self._tally.tokens
+        starved, stalled = bool(self._pending), buffered > _HIGH_WATER
         now = self._loop.time()
         if self._starved_since is not None and not starved:
             self.starved_s += now - self._starved_since
