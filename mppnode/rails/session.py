@@ -354,7 +354,11 @@ class SessionRail:
             domain = self._domains[account.escrow]
             domain.verify(account.id, payload.cumulative, signature, account.descriptor.signer)
             voucher = Voucher(payload.cumulative, signature)
-            await self._books.apply(account.id, BeginClose(presented.challenge.id, voucher))
+            async with self._admitting(account.id):
+                # First the streams, then the credential: it must cover what they have cost, and their cost is known
+                # only now. The other way round its receipt could show more spent than it permits.
+                await self._live.end_all(account.id)
+                await self._books.apply(account.id, BeginClose(presented.challenge.id, voucher))
             try:
                 closed, tx_hash = await self._drive_close(account.id)
             except ChannelFault as fault:
