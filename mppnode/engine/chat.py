@@ -26,7 +26,12 @@ from mppnode.metering.tally import Tally, prompt_tokens_charged, prompt_tokens_h
 from mppnode.observe.logs import Log
 from mppnode.pricing.book import Model, PriceBook, choose_unit, price
 from mppnode.providers.base import Transport, UpstreamFault, UpstreamResponse
-from mppnode.providers.openai_compatible import OpenAIDecoder, decode_completion, encode_request
+from mppnode.providers.openai_compatible import (
+    OpenAIDecoder,
+    decode_completion,
+    encode_request,
+    generated_bytes,
+)
 from mppnode.rails.base import Offer
 from mppnode.rails.live import LiveChannels
 from mppnode.rails.presented import Presented
@@ -335,7 +340,8 @@ class PaidChat:
         choices = document.get("choices")
         if not isinstance(choices, list) or not choices:
             raise NodeFault(NodeReason.ALL_PROVIDERS_FAILED, detail="the provider answered without choices")
-        self.tally.tokens = max(1, len(orjson.dumps(choices)) // _BYTES_PER_TOKEN)
+        counted = max(1, generated_bytes(choices) // _BYTES_PER_TOKEN)
+        self.tally.tokens = min(counted, self._chat.completion_tokens_max)
         if usage is not None and self.tally.believes(usage):
             self.tally.report = usage
         else:

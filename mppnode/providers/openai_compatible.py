@@ -273,3 +273,10 @@ def decode_completion(body: bytes) -> tuple[dict[str, Any], Usage | None]:
     if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
         raise UpstreamFault("protocol", detail="the provider's answer has no choices")
     return answer, parse_usage(answer.get("usage"))
+
+
+def generated_bytes(choices: list[dict[str, Any]]) -> int:
+    """UTF-8 bytes of what the choices of a buffered answer say, without the JSON around them."""
+    messages = (choice.get("message") for choice in choices)
+    spoken = (message.get(name) for message in messages if type(message) is dict for name in _OUTPUT)
+    return sum(len(value.encode() if type(value) is str else orjson.dumps(value)) for value in spoken if value)
