@@ -25,6 +25,7 @@ from channels.voucher import VoucherDomain, derive_channel_id, domain_separator
 from mppnode.chain.rpc import JsonRpc, RpcChain, RpcLimits
 from mppnode.chain.transport import HttpTransport
 from mppnode.kernel.clock import SystemClock
+from tests.interop.packages import node_modules, unavailable
 
 pytestmark = pytest.mark.anvil
 
@@ -40,18 +41,9 @@ STRANGER = Address(b"\x5a" * 20)
 SALT = Hash32(b"\x77" * 32)
 
 
-def _unavailable(reason):
-    if os.environ.get("REQUIRE_INTEROP") == "1":
-        pytest.fail(reason)
-    pytest.skip(reason)
-
-
 def _anvil():
-    modules = Path(os.environ.get("MPPNODE_NODE_MODULES", HERE.parent / "node_modules"))
-    found = sorted(modules.glob("@foundry-rs/anvil-*/bin/anvil*"))
-    if not found:
-        _unavailable("npm package @foundry-rs/anvil is not installed (set MPPNODE_NODE_MODULES)")
-    return found[0]
+    pattern = "@foundry-rs/anvil-*/bin/anvil*"
+    return min(node_modules(pattern).glob(pattern))
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +65,7 @@ def node_url():
     drain.start()
     if url is None:
         process.wait()
-        _unavailable("anvil did not start: " + "".join(lines[-3:]))
+        unavailable("anvil did not start: " + "".join(lines[-3:]))
     yield url
     process.kill()
     process.wait()
