@@ -128,6 +128,8 @@ class _Peer:
     domain: VoucherDomain
     challenge: Challenge
     opening: dict[int, SignedTx] = field(default_factory=dict)
+    unread: ReadChannel | None = None
+    """A look at the chain the machine waits for; kept here until done, as whoever was asked may be cancelled."""
     closed: Closed | None = None
 
 
@@ -196,6 +198,7 @@ class PayingClient:
             PaymentGivenUp: there is no channel, or the server refused.
         """
         for peer in self._peers.values():
+            await self._recover(peer)
             await self._perform_close(url, peer, peer.session.handle(CloseRequested()))
             return peer.closed
         return None
@@ -211,7 +214,12 @@ class PayingClient:
 
     def _end(self, number: int) -> None:
         for peer in self._peers.values():
-            self._dispatch(peer.session.handle(RequestEnded(number)))
+            for action in self._dispatch(peer.session.handle(RequestEnded(number))):
+                if isinstance(action, ReadChannel):
+                    peer.unread = action
+            if peer.unread is not None:  # not done here: a request that is being cancelled must not go and read a chain
+                for due in peer.session.state.waiting:
+                    self._inboxes[due.request].put_nowait(peer.unread)
         self._inboxes.pop(number, None)
 
     def _dispatch(self, actions: tuple[Action, ...]) -> list[Action]:
@@ -281,7 +289,18 @@ class PayingClient:
         """Report to the machine; do at once what belongs to no request."""
         for action in self._dispatch(peer.session.handle(heard)):
             if isinstance(action, ReadChannel):
-                await self._tell(peer, ChannelRead(await self._read(action)))
+                peer.unread = action
+                await self._recover(peer)
+
+    async def _recover(self, peer: _Peer) -> None:
+        """Look at the chain if the machine waits for that; of several who try, one reports."""
+        action = peer.unread
+        if action is None:
+            return
+        state = await self._read(action)
+        if peer.unread is action:
+            peer.unread = None
+            await self._tell(peer, ChannelRead(state))
 
     async def _read(self, action: ReadChannel) -> Any:
         try:
@@ -291,6 +310,7 @@ class PayingClient:
 
     async def _next_credential(self, number: int, url: str, peer: _Peer) -> str:
         """Perform this request's actions until one of them is a credential for the request itself."""
+        await self._recover(peer)
         while True:
             action = await self._inboxes[number].get()
             match action:
@@ -346,7 +366,7 @@ class PayingClient:
             case SignVoucher():
                 await self._post_voucher(number, url, peer, action)
             case ReadChannel():
-                await self._tell(peer, ChannelRead(await self._read(action)))
+                await self._recover(peer)
             case GiveUp():
                 raise PaymentGivenUp(action.reason.value)
             case _:
