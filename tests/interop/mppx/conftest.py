@@ -1,4 +1,4 @@
-"""Finds the reference client's npm packages, or says why its tests cannot run."""
+"""Starts the reference client, next to its npm packages."""
 
 from __future__ import annotations
 
