@@ -271,6 +271,7 @@ class PaidChat:
             tally=self.tally,
             sink=sink,
             limits=self._engine.limits,
+            tokens_max=self._chat.completion_tokens_max,
         )
         if self._superseded:
             self._stream.supersede()
@@ -287,7 +288,8 @@ class PaidChat:
         if ending not in (Ending.DISCONNECTED, Ending.STALLED) and not await stream.drained():
             ending = Ending.STALLED
         self.stall_ms = round(stream.starved_s * 1000)
-        await self.settle(stream.final_total(ending), ending)
+        # A report beyond what was asked for is the provider's affair: nobody pays more than the request could cost.
+        await self.settle(Pico(min(stream.final_total(ending), self.tab.cap_pico)), ending)
         if not sink.gone():
             sink.write(b"".join(self._last_frames(stream, ending)))
 
@@ -296,7 +298,7 @@ class PaidChat:
         match ending:
             case Ending.UPSTREAM_FAILED:
                 last.append(frames.error_frame(first, "the provider failed before the response was complete"))
-            case Ending.UNPAID | Ending.SUPERSEDED | Ending.CLOSED:
+            case Ending.UNPAID | Ending.SUPERSEDED | Ending.CLOSED | Ending.OVERRUN:
                 last.append(frames.finish_frame(first, ending.value))
             case Ending.COMPLETE | Ending.STALLED | Ending.DISCONNECTED:
                 pass

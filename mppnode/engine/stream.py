@@ -33,6 +33,8 @@ class Ending(StrEnum):
     """How a stream ended, for the log and the last frames."""
 
     COMPLETE = "complete"
+    OVERRUN = "overrun"
+    """The provider went on past ``max_tokens``; the caller pays for no more than it asked for."""
     UPSTREAM_FAILED = "upstream_failed"
     UNPAID = "unpaid"
     SUPERSEDED = "superseded"
@@ -65,7 +67,9 @@ class PaidStream:
         tally: Tally,
         sink: Sink,
         limits: StreamLimits,
+        tokens_max: int,
     ) -> None:
+        self._tokens_max = tokens_max
         self._upstream = upstream
         self._decoder = decoder
         self._tab = tab
@@ -154,7 +158,7 @@ class PaidStream:
         self._delivered()
         pending, tally, tab = self._pending, self._tally, self._tab
         frames: list[bytes] = []
-        finished = False
+        finished = overrun = False
         while pending:
             chunk = pending[0]
             if chunk.error is not None:
@@ -167,6 +171,10 @@ class PaidStream:
                 break
             if chunk.tokens:
                 total = tally.price_at(tally.tokens + chunk.tokens)
+                if tally.tokens + chunk.tokens > self._tokens_max:
+                    pending.clear()
+                    overrun = True
+                    break
                 if not tab.cover(total):
                     break
                 tally.tokens += chunk.tokens
@@ -188,6 +196,8 @@ class PaidStream:
         if frames:
             self._sink.write(b"".join(frames) if len(frames) > 1 else frames[0])
             self._silent_since = self._loop.time()
+        if overrun:
+            self._end(Ending.OVERRUN)
         self._settle(finished=finished)
 
     def _take_usage(self, usage: Usage) -> bool:
@@ -197,6 +207,8 @@ class PaidStream:
 
     def _settle(self, *, finished: bool) -> None:
         """Decide what happens after a pump: end, pause, resume, or wait for the next read."""
+        if self._ending.done():
+            return
         if finished:
             self._end(Ending.COMPLETE)
         elif self._sink.gone():

@@ -353,6 +353,9 @@ class SessionRail:
                 raise ChannelFault(Reason.CHANNEL_FINALIZED, detail="the channel is closed")
             domain = self._domains[account.escrow]
             domain.verify(account.id, payload.cumulative, signature, account.descriptor.signer)
+            if account.phase in (Phase.OPEN, Phase.CONTESTED):
+                # A payer may have withdrawn behind our back: then there is nothing to capture, and no receipt for it.
+                await self._fresh(account, force=True)
             voucher = Voucher(payload.cumulative, signature)
             async with self._admitting(account.id):
                 # First the streams, then the credential: it must cover what they have cost, and their cost is known

@@ -76,7 +76,7 @@ class SessionTab:
         self._token = token_pico
         self._reserve = reserve_pico
         self._unit = unit_pico
-        self._cap = cap_pico
+        self.cap_pico = cap_pico
         self._books = books
         self._owner = owner
         self._clock = clock
@@ -137,7 +137,7 @@ class SessionTab:
         base = account.accepted * PICO_PER_UNIT - limit
         need = max(self._consumed, self._wanted) + self._reserve
         rate = max(self._rate, self._window / _WINDOW_S)
-        if limit >= self._cap:
+        if limit >= self.cap_pico:
             return None  # the most this request can cost is authorised already
         ahead = self._ahead(rate)
         required, deposit = self._required(base, need, ahead), account.chain.deposit
@@ -160,7 +160,7 @@ class SessionTab:
 
     def _required(self, base: int, need: int, ahead: int) -> Units:
         """The next voucher: never more than the request can still cost."""
-        return Units(min(units_ceil(base + min(need + ahead, self._cap)), MAX_UINT96))
+        return Units(min(units_ceil(base + min(need + ahead, self.cap_pico)), MAX_UINT96))
 
     def _measure(self) -> None:
         now = self._clock.monotonic()
