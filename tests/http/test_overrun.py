@@ -30,10 +30,8 @@ async def test_no_more_than_max_tokens_is_delivered_or_charged() -> None:
             entropy=os.urandom,
         )
         body = {"model": "dev/never-ends", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 20}
-        chunks = []
         async with client.stream(net.chat_url, body) as events:
-            async for data in events:
-                chunks.append(data)
+            chunks = [data async for data in events]
         assert chunks.pop() == "[DONE]"
         documents = [json.loads(chunk) for chunk in chunks]
         words = [c for d in documents for c in d["choices"] if c["delta"].get("content")]
