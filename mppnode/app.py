@@ -40,6 +40,7 @@ from mppnode.treasury.intents import ChainDesk
 
 _HEADER_BYTES_MAX = 24 * 1024  # a 16 KiB credential (reliability: section 2.9) and its scheme, with room
 _KEEP_ALIVE_S = 75.0
+_SETTLE_S = 5.0  # for commits and a close whose transaction is in flight; a close is taken up again at the next start
 
 
 class WrongChain(Exception):
@@ -166,6 +167,7 @@ class Node:
             handler_cancellation=True,  # a disconnect cancels the handler; aiohttp does not tell it otherwise
             keepalive_timeout=_KEEP_ALIVE_S,
             max_field_size=_HEADER_BYTES_MAX,
+            auto_decompress=False,  # compressed bodies are refused; aiohttp would unpack them first, or fail to
             shutdown_timeout=float(config.limits.drain_s),
         )
         await runner.setup()
@@ -181,7 +183,8 @@ class Node:
             self._engine.stop()
         if self._runner is not None:
             await self._runner.cleanup()
-        await self._owner.drain(deadline_s=self._config.limits.drain_s)
+        # The runner has waited for the streams already; what is left are their bills and closes in flight.
+        await self._owner.drain(deadline_s=min(_SETTLE_S, self._config.limits.drain_s))
         await self._exit.aclose()
         self._log("node.stopped")
 
