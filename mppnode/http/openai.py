@@ -144,6 +144,8 @@ class ChatSurface:
         if account is not None:
             required = fault.numbers.get("required", account.spent + offer.unit.amount)
             snapshot = self._rail.snapshot(account, Units(required))
+            if fault.reason is Reason.INSUFFICIENT_BALANCE:
+                offer = offer.for_the_rest(Units(max(required - account.accepted, 0)))
         challenges = self._rail.challenges(offer, snapshot)
         wanted = call.request.headers.get("Accept-Payment")
         return accept_payment.choose(challenges, wanted, key=lambda c: (c.method, c.intent)) or challenges

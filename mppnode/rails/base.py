@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
 
 from channels.chain import Confirmed
 from channels.descriptor import ChainSnapshot, Escrow
 from channels.model import Account
+from channels.units import Units
 from channels.verify import VerifiedOpen
 from channels.wire.credential import OpenPayload, TopUpPayload
 from mppnode.pricing.book import Model, QuotedUnit
+
+WHOLE_REQUEST: Final = "request"
+"""The ``unitType`` of a challenge whose amount is meant for one response, the reference implementation's word."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,13 @@ class Offer:
     route: str
     model: Model
     unit: QuotedUnit
+
+    def for_the_rest(self, missing: Units) -> Offer:
+        """The same request, quoted at what its voucher still lacks: a client that reads no snapshot adds the quoted
+        amount to its last voucher, and unit by unit it would give up before a large buffered answer is covered.
+        """
+        unit = QuotedUnit(self.unit.tokens, WHOLE_REQUEST, missing) if missing > self.unit.amount else self.unit
+        return replace(self, unit=unit)
 
     @property
     def scope(self) -> dict[str, str]:

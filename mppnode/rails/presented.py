@@ -24,7 +24,7 @@ from channels.wire.credential import (
     parse_source,
 )
 from channels.wire.request import SessionRequest
-from mppnode.rails.base import Offer
+from mppnode.rails.base import WHOLE_REQUEST, Offer
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +102,8 @@ def _pinned(challenge: Challenge, seller: Seller) -> SessionRequest:
 def _require_offer(challenge: Challenge, asked: SessionRequest, offer: Offer) -> None:
     if challenge.opaque != encode_opaque(offer.scope):
         raise ChannelFault(Reason.INVALID_CHALLENGE, field="opaque", detail="is for another route, model or price")
-    if asked.amount != offer.unit.amount or asked.unit_type != offer.unit.unit_type:
+    the_rest = asked.unit_type == WHOLE_REQUEST and asked.amount > offer.unit.amount
+    if not the_rest and (asked.amount != offer.unit.amount or asked.unit_type != offer.unit.unit_type):
         raise ChannelFault(Reason.INVALID_CHALLENGE, field="amount", detail="is not this request's price")
 
 
