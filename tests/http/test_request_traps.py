@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
+from channels.descriptor import Escrow
 from mppnode.cli.devnet import DevnetOptions
 from mppnode.config.schema import LimitsConfig
 from tests.http.test_open_traps import BOTH
-from tests.support.http_client import PATH, UNIT, Escrow, World, chat, cost, new_world
+from tests.support.http_client import PATH, UNIT, World, chat, cost, new_world
 
 MIB = 1024 * 1024
 
