@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.http_client import UNIT, World, chat, cost
 
+
 def client(world: World, credential: str) -> Any:
     """An SDK client whose requests carry a credential, added below it: on a hook of its own HTTP client."""
 
