@@ -107,10 +107,10 @@ async def _finished(world: World) -> Reply:
 async def _busy(world: World) -> Reply:
     """Nine buffered requests at once on one channel: eight share it."""
     channel, body = await world.opened(cumulative=50 * UNIT), chat("dev/story", stream=False, max_tokens=3)
-    silent, _ = await black_hole(world)
+    silent, _, reached = await black_hole(world)
     credentials = [await world.pay(world.payer.voucher(channel, 50 * UNIT), body) for _ in range(9)]
     waiting = [asyncio.ensure_future(world.send(body, credential)) for credential in credentials[:8]]
-    await world.eventually(lambda: world.net.node._engine is not None and world.net.node._engine._running == 8)
+    await world.eventually(lambda: len(reached) == 8)
     reply = await world.send(body, credentials[8])
     for task in waiting:
         task.cancel()
@@ -123,10 +123,10 @@ async def _busy(world: World) -> Reply:
 @reaches(Reason.HOLD_FENCED)
 async def _fenced(world: World) -> Reply:
     """A stream whose provider has not answered yet is overtaken by a newer one."""
-    silent, restore = await black_hole(world)
+    silent, restore, reached = await black_hole(world)
     channel, body = await world.opened(), chat("dev/story", max_tokens=3)
     first = asyncio.ensure_future(world.buy(body, world.payer.voucher(channel, UNIT)))
-    await world.eventually(lambda: world.net.node._engine is not None and world.net.node._engine._running == 1)
+    await world.eventually(lambda: len(reached) == 1)
     restore()
     assert (await world.buy(body, world.payer.voucher(channel, UNIT))).status == 200
     reply = await first
@@ -223,10 +223,12 @@ async def _no_ledger(world: World) -> Reply:
 # ------------------------------------------------------------------------------------------------------ not about money
 
 
-async def black_hole(world: World) -> tuple[asyncio.Server, Callable[[], None]]:
-    """Put a provider that takes connections and never answers in the place of the real one."""
+async def black_hole(world: World) -> tuple[asyncio.Server, Callable[[], None], list[object]]:
+    """Put a provider that never answers in the place of the real one: it, how to undo that, and who has come."""
+    reached: list[object] = []
 
     async def nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        reached.append(writer)
         await reader.read()
         writer.close()
 
@@ -235,7 +237,7 @@ async def black_hole(world: World) -> tuple[asyncio.Server, Callable[[], None]]:
     real = engine._upstreams["dev"]
     port = server.sockets[0].getsockname()[1]
     engine._upstreams["dev"] = Upstream(f"http://127.0.0.1:{port}/v1", lambda: None)
-    return server, functools.partial(engine._upstreams.__setitem__, "dev", real)
+    return server, functools.partial(engine._upstreams.__setitem__, "dev", real), reached
 
 
 @reaches(NodeReason.NOT_FOUND)
@@ -291,7 +293,7 @@ async def _full(world: World) -> Reply:
 
 @reaches(NodeReason.PROVIDER_TIMEOUT)
 async def _slow_provider(world: World) -> Reply:
-    silent, _ = await black_hole(world)
+    silent, _, _ = await black_hole(world)
     channel = await world.opened()
     reply = await world.buy(chat(timeout_ms=30), world.payer.voucher(channel, 2 * UNIT))
     silent.close()
