@@ -220,7 +220,13 @@ class PaidChat:
         return await self._interruptible(connecting, "connect")
 
     async def _interruptible(self, work: Coroutine[Any, Any, T], name: str) -> T:
-        task: asyncio.Task[T] = self._engine.owner.start(work, name=name)
+        async def run() -> T | NodeFault:
+            try:
+                return await work
+            except NodeFault as fault:  # an answer, not a failed task
+                return fault
+
+        task: asyncio.Task[T | NodeFault] = self._engine.owner.start(run(), name=name)
         self._waiting = task
         try:
             await asyncio.wait({task})
@@ -231,7 +237,10 @@ class PaidChat:
             self._waiting = None
         if task.cancelled():
             raise ChannelFault(Reason.HOLD_FENCED, detail="a newer request or a close took over this channel")
-        return task.result()
+        outcome = task.result()
+        if isinstance(outcome, NodeFault):
+            raise outcome
+        return outcome
 
     async def supersede(self) -> None:
         """End this request for a newer one or for a close, and return when its bill is settled."""

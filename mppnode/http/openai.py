@@ -33,6 +33,7 @@ from mppnode.rails.session import Opened, SessionRail
 PATH: Final = "/v1/chat/completions"
 ROUTE: Final = f"POST {PATH}"
 EXPOSED: Final = "WWW-Authenticate, Payment-Receipt, Payment-Session, Payment-Session-Snapshot"
+_PAYMENT_REQUIRED: Final = 402
 _BODY_S: Final = 30.0  # for a whole body (reliability: section 2.9)
 _PROVEN: Final = frozenset(
     {Reason.INSUFFICIENT_BALANCE, Reason.CLOSE_BELOW_SPENT, Reason.CREDENTIAL_USED, Reason.VOUCHER_EXCEEDS_DEPOSIT}
@@ -125,7 +126,7 @@ class ChatSurface:
     # ---------------------------------------------------------------------------------------------------- refusals
 
     async def _refuse(self, call: _Call, fault: ChannelFault) -> web.Response:
-        """A payment refusal: always with a fresh challenge, never with a receipt."""
+        """A payment refusal: always with a fresh challenge, and without a receipt but for one case."""
         challenges = await self._fresh_challenges(call, fault)
         headers = {
             "Cache-Control": "no-store",
@@ -134,6 +135,8 @@ class ChatSurface:
             "Access-Control-Expose-Headers": EXPOSED,
             **retry_headers(fault),
         }
+        if STATUS[fault.reason] != _PAYMENT_REQUIRED:
+            headers |= self._opened_receipt(call)
         body = problem_body(fault, challenge_id=challenges[0].id if challenges else None)
         return _answer(call, STATUS[fault.reason], body, "application/problem+json", headers)
 
@@ -156,11 +159,17 @@ class ChatSurface:
         return await self._books.load(call.presented.payload.channel_id)
 
     def _fail(self, call: _Call, fault: NodeFault) -> web.Response:
-        headers = retry_headers(fault)
-        if call.opened is not None and call.opened.tx_hash is not None and call.presented is not None:
-            # The one receipt on an error: without it the client forgets the channel it has just opened and funded.
-            headers |= _paid_headers(self._rail.receipt(call.presented, call.opened.account, call.opened.tx_hash))
+        headers = retry_headers(fault) | self._opened_receipt(call)
         return _answer(call, STATUS[fault.reason], error_body(fault), "application/json", headers)
+
+    def _opened_receipt(self, call: _Call) -> dict[str, str]:
+        """The one receipt on an error: without it the client forgets the channel it has just opened and funded.
+
+        A 402 needs none: its challenge carries the channel's snapshot.
+        """
+        if call.opened is None or call.opened.tx_hash is None or call.presented is None:
+            return {}
+        return _paid_headers(self._rail.receipt(call.presented, call.opened.account, call.opened.tx_hash))
 
 
 class _Call:

@@ -353,7 +353,8 @@ class SessionRail:
                 raise ChannelFault(Reason.CHANNEL_FINALIZED, detail="the channel is closed")
             domain = self._domains[account.escrow]
             domain.verify(account.id, payload.cumulative, signature, account.descriptor.signer)
-            if account.phase in (Phase.OPEN, Phase.CONTESTED):
+            first = account.phase in (Phase.OPEN, Phase.CONTESTED)
+            if first:
                 # A payer may have withdrawn behind our back: then there is nothing to capture, and no receipt for it.
                 await self._fresh(account, force=True)
             voucher = Voucher(payload.cumulative, signature)
@@ -363,7 +364,7 @@ class SessionRail:
                 await self._live.end_all(account.id)
                 await self._books.apply(account.id, BeginClose(presented.challenge.id, voucher))
             try:
-                closed, tx_hash = await self._drive_close(account.id)
+                closed, tx_hash = await self._drive_close(account.id, first=first)
             except ChannelFault as fault:
                 if fault.reason in _MAY_YET_CLOSE:
                     self._close_later(account.id, _CLOSE_RETRY_S)
@@ -377,11 +378,12 @@ class SessionRail:
         async with lock:
             yield
 
-    async def _drive_close(self, channel: ChannelId) -> tuple[Account, Hash32]:
+    async def _drive_close(self, channel: ChannelId, *, first: bool) -> tuple[Account, Hash32]:
         """Bring a CLOSING or CAPTURED channel to its end: end its streams, fix the capture, tell the chain.
 
         The order is the law: the capture is durable before anything is signed, and the channel is opened again only
-        when the chain surely will not include the close.
+        when the chain surely will not include the close: after a refusal of the ``first`` attempt. A later one proves
+        nothing about the attempts before it, which may still be mined.
         """
         async with self._admitting(channel):  # a request that is just being admitted must be ended like the others
             await self._live.end_all(channel)
@@ -389,8 +391,10 @@ class SessionRail:
         try:
             confirmed = await self._intents.close(plan.account)
         except ChannelFault as fault:
-            if fault.reason is Reason.CHAIN_REJECTED:
+            if fault.reason is Reason.CHAIN_REJECTED and first:
                 await self._books.apply(channel, AbortClose())
+            elif fault.reason is Reason.CHANNEL_FINALIZED:
+                await self._books.apply(channel, ObserveChain(await self._intents.observe(plan.account)))
             raise
         closed = await self._books.apply(channel, ConfirmClosed(confirmed.tx_hash, confirmed.chain))
         return closed.account, confirmed.tx_hash
@@ -412,10 +416,10 @@ class SessionRail:
             await self._sleep(delay_s)
             try:
                 async with self._closing(channel):
-                    await self._drive_close(channel)
+                    await self._drive_close(channel, first=False)
             except ChannelFault as fault:
-                if fault.reason not in _MAY_YET_CLOSE:
-                    return  # aborted, already closed by another attempt, or stopped with the ledger
+                if fault.reason not in _MAY_YET_CLOSE | {Reason.CHAIN_REJECTED}:
+                    return  # already closed by another attempt or by the payer, or stopped with the ledger
             else:
                 return
 

@@ -103,37 +103,50 @@ class ChainDesk:
 
         Raises:
             ChannelFault: ``CHAIN_REJECTED`` when it surely did not and will not happen, ``CHAIN_UNAVAILABLE`` when it
-                was not sent, ``CHAIN_OUTCOME_UNKNOWN`` when it may yet happen.
+                was not sent, ``CHAIN_OUTCOME_UNKNOWN`` when it may yet happen, ``CHANNEL_FINALIZED`` when the payer
+                has withdrawn.
         """
         record = account.close
         assert record is not None, "close follows BeginClose"
         assert record.capture is not None, "close follows FixCapture"
         before = await self._chain.channel_state(account.escrow, account.id)
         if before.deposit == 0:
-            return Confirmed(await self._lost_close(account, before.block), before)
+            return await self._found_closed(account, record.capture, before)
         call = Call(account.escrow.address, _close_call(account, record.capture))
-        tx = await self._chain.prepare(
-            self._payee, (call,), fee_token=self._fee_token, entropy=self._entropy(8)
-        )
-        receipt = await self._send(tx.sign(self._key.reveal()).raw)
+        tx = await self._chain.prepare(self._payee, (call,), fee_token=self._fee_token, entropy=self._entropy(8))
+        try:
+            receipt = await self._send(tx.sign(self._key.reveal()).raw)
+        except ChannelFault as fault:
+            # It also reverts when an earlier attempt of ours, thought lost, was mined just before it.
+            after = await self._chain.channel_state(account.escrow, account.id)
+            if fault.reason is Reason.CHAIN_REJECTED and after.deposit == 0:
+                return await self._found_closed(account, record.capture, after)
+            raise
         closed = closed_in(account.id, account.escrow, receipt.logs)
         if closed is None or closed.settled != record.capture:
             raise ChannelFault(Reason.CHAIN_OUTCOME_UNKNOWN, detail="the close paid another amount than was fixed")
         after = await self._chain.channel_state(account.escrow, account.id, at_block=receipt.block)
         return Confirmed(receipt.tx_hash, after)
 
-    async def _lost_close(self, account: Account, block: int) -> Hash32:
-        """The transaction that closed a channel we find closed: ours whose receipt was lost, or the payer's."""
+    async def _found_closed(self, account: Account, capture: Units, state: ChainSnapshot) -> Confirmed:
+        """The transaction that closed a channel we find closed, if it was ours and its receipt was lost.
+
+        Raises:
+            ChannelFault: ``CHANNEL_FINALIZED`` when the payer withdrew instead: nothing was captured then.
+        """
         names = escrow_v2 if account.escrow.protocol is SessionProtocol.V2 else escrow_v1
         logs = await self._chain.logs(
             account.escrow.address,
             topics=(names.CHANNEL_CLOSED, Hash32(account.id)),
-            from_block=max(block - _LOG_BLOCKS_BACK, 0),
-            to_block=block,
+            from_block=max(state.block - _LOG_BLOCKS_BACK, 0),
+            to_block=state.block,
         )
-        if not logs:
+        closed = closed_in(account.id, account.escrow, logs)
+        if closed is None:
             raise ChannelFault(Reason.CHAIN_OUTCOME_UNKNOWN, detail="the channel is gone and its close was not found")
-        return logs[-1].tx_hash
+        if closed.settled != capture:
+            raise ChannelFault(Reason.CHANNEL_FINALIZED, detail="the channel was closed by somebody else")
+        return Confirmed(logs[-1].tx_hash, state)
 
     async def _send(self, raw: bytes) -> Receipt:
         receipt = await self._chain.broadcast(raw)

@@ -6,16 +6,20 @@ import asyncio
 import json
 import os
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
 import pytest
 
+from channels import escrow
 from channels.chain import Confirmed
 from channels.faults import ChannelFault, Reason
+from channels.instants import UnixSeconds
 from channels.model import Account, Phase
 from channels.payer.model import PayerPolicy
 from channels.payer.signer import LocalSigner
+from channels.tempo_tx import Call
 from channels.units import Units
 from mppnode.chain.rpc import RpcChain, RpcLimits
 from mppnode.chain.transport import HttpTransport
@@ -175,3 +179,93 @@ async def test_a_used_channel_survives_a_restart(net: Devnet, payer: PayingClien
     account = await only_account(net)
     assert account.spent > before.spent
     assert_paid_exactly(net, account)
+
+
+async def test_an_earlier_attempt_that_lands_first_is_found(net: Devnet, payer: PayingClient) -> None:
+    """Our second transaction reverts because our first one was mined just before it: that is a success, not a refusal."""
+    await stream(payer, net)
+    assert net.node.rail is not None
+    desk = net.node.rail._intents
+    real = desk._chain
+
+    class Late:
+        """The chain as seen by a node whose first close was mined between its look and its second transaction."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        async def broadcast(self, raw: bytes) -> Any:
+            await real.broadcast(raw)
+            raise ChannelFault(Reason.CHAIN_REJECTED, detail="reverted")
+
+    desk._chain = Late()
+    assert await payer.close(net.chat_url) is not None
+    assert_paid_exactly(net, await until_closed(net))
+
+
+async def test_a_rejected_repeat_never_reopens_the_channel(net: Devnet, payer: PayingClient) -> None:
+    """After an attempt with unknown outcome a refusal proves nothing: the first transaction may still be mined."""
+    await stream(payer, net)
+    assert net.node.rail is not None
+    real = net.node.rail._intents
+    reasons = [Reason.CHAIN_OUTCOME_UNKNOWN, Reason.CHAIN_REJECTED, Reason.CHAIN_REJECTED]
+    phases: list[Phase] = []
+
+    class Doubtful:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        async def close(self, account: Account) -> Confirmed:
+            phases.append((await only_account(net)).phase)
+            if reasons:
+                raise ChannelFault(reasons.pop(0), detail="injected")
+            return await real.close(account)
+
+    async def no_wait(_: float) -> None:
+        await asyncio.sleep(0)
+
+    net.node.rail._intents = Doubtful()
+    net.node.rail._sleep = no_wait
+    with pytest.raises(PaymentGivenUp):
+        await payer.close(net.chat_url)
+    assert_paid_exactly(net, await until_closed(net))
+    assert set(phases) == {Phase.CAPTURED}
+
+
+async def test_a_withdrawal_is_not_booked_as_our_capture(net: Devnet, payer: PayingClient) -> None:
+    """When the payer got out first, the account is closed without a transaction of ours and without a receipt."""
+    await stream(payer, net)
+    account = await only_account(net)
+    assert net.node.rail is not None
+    real = net.node.rail._intents
+
+    class Overtaken:
+        """The payer withdraws between the fixing of the capture and the close."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        async def close(self, fixed: Account) -> Confirmed:
+            await withdraw(net, account)
+            return await real.close(fixed)
+
+    net.node.rail._intents = Overtaken()
+    with pytest.raises(PaymentGivenUp):
+        await payer.close(net.chat_url)
+    closed = await only_account(net)
+    assert closed.phase is Phase.CLOSED
+    assert closed.close is not None
+    assert closed.close.tx_hash is None
+    assert net.chain.balance(net.payer) == FUNDS
+
+
+async def withdraw(net: Devnet, account: Account) -> None:
+    """The payer's exit: request, grace, withdraw, each mined on the development chain."""
+    async with aiohttp.ClientSession() as http:
+        chain = RpcChain(HttpTransport(http, net.chain_url), net.clock, limits=RpcLimits())
+        for data in (escrow.encode_request_close(account.descriptor), escrow.encode_withdraw(account.descriptor)):
+            call = Call(account.escrow.address, data)
+            tx = await chain.prepare(net.payer, (call,), fee_token=PATH_USD, entropy=os.urandom(8))
+            valid = replace(tx, valid_before=UnixSeconds(net.chain._now() + 20))
+            assert (await chain.broadcast(valid.sign(net.payer_key).raw)).succeeded
+            net.chain.travel(901)
