@@ -200,6 +200,16 @@ class Ledger(RuleBasedStateMachine):
         total = 0 if live is None else live.granted_pico * part // 8 + part  # from credit to beyond the hold
         self.run(which, m.Finish(m.HoldId(name), Pico(total)), audit.finish(name, total))
 
+    @rule(which=st.sampled_from(CHANNELS), name=NAMES, used=st.integers(1, 8), final=st.integers(0, 12))
+    def serve(self, which: int, name: str, used: int, final: int) -> None:
+        """A request from its first token to its usage report, which says less, the same or more than was counted."""
+        which = which if self.audits[which].phase == "open" else self.prefer(which, "open")
+        self.reserve(which=which, name=name, floor=0, want=5, preempt=True, again=False, ttl=9)
+        self.renew(which=which, name=name, part=used, want=0, stranger=True)
+        live = self.audits[which].live.get(name)
+        total = 0 if live is None else live.charged_pico * final // 8
+        self.run(which, m.Finish(m.HoldId(name), Pico(total)), self.audits[which].finish(name, total))
+
     # --- the world
 
     @rule(
