@@ -155,8 +155,13 @@ class SessionTab:
         return NeedVoucher(required, account.accepted, deposit)
 
     def _ahead(self, rate: float) -> int:
-        """Pico one voucher should bring: some seconds of consumption, at least a quoted unit, within the policy."""
-        return min(max(int(rate * _LOOKAHEAD_S), self._unit), self._policy.preauthorise_units_max * PICO_PER_UNIT)
+        """Pico one voucher should bring: some seconds of consumption, at least a quoted unit, within the policy.
+
+        On v1 a voucher is also the payout, and only one that is not above consumption may be cashed: what the next rung
+        is ahead by is what the node forgoes at the close, so there the rungs are a unit apart.
+        """
+        seconds = 0 if self.account.escrow.protocol is SessionProtocol.V1 else int(rate * _LOOKAHEAD_S)
+        return min(max(seconds, self._unit), self._policy.preauthorise_units_max * PICO_PER_UNIT)
 
     def _required(self, base: int, need: int, ahead: int) -> Units:
         """The next voucher: never more than the request can still cost."""
