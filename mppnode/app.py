@@ -35,7 +35,7 @@ from mppnode.rails.live import LiveChannels
 from mppnode.rails.presented import Seller
 from mppnode.rails.session import SessionRail, SessionTerms
 from mppnode.rails.tab import TabPolicy
-from mppnode.registry import STORES, SURFACES
+from mppnode.registry import DECODERS, STORES, SURFACES
 from mppnode.treasury.intents import ChainDesk
 
 _HEADER_BYTES_MAX = 24 * 1024  # a 16 KiB credential (reliability: section 2.9) and its scheme, with room
@@ -212,4 +212,4 @@ def _model(model: ModelConfig) -> Model:
 
 def _upstream(provider: ProviderConfig) -> Upstream:
     key = provider.api_key
-    return Upstream(provider.base_url, lambda: None if key is None else key.reveal())
+    return Upstream(provider.base_url, lambda: None if key is None else key.reveal(), DECODERS["openai"])

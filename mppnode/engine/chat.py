@@ -25,9 +25,8 @@ from mppnode.kernel.usage import Usage
 from mppnode.metering.tally import Tally, prompt_tokens_charged, prompt_tokens_held
 from mppnode.observe.logs import Log
 from mppnode.pricing.book import Model, PriceBook, choose_unit, price
-from mppnode.providers.base import Transport, UpstreamFault, UpstreamResponse
+from mppnode.providers.base import ChunkDecoder, Transport, UpstreamFault, UpstreamResponse
 from mppnode.providers.openai_compatible import (
-    OpenAIDecoder,
     decode_completion,
     encode_request,
     generated_bytes,
@@ -53,6 +52,7 @@ class Upstream:
 
     base_url: str
     api_key: Callable[[], str | None]
+    decoder: Callable[[], ChunkDecoder]
 
 
 class ChatEngine:
@@ -119,7 +119,8 @@ class ChatEngine:
         """
         need = _need(chat, offer.model)
         tab = await self._rail.open_tab(presented, account, need, offer.unit.amount)
-        run = PaidChat(self, tab, Tally(offer.model.rates, prompt_bytes=chat.prompt_bytes), chat)
+        decoder = self._upstreams[offer.model.provider].decoder()
+        run = PaidChat(self, tab, Tally(offer.model.rates, prompt_bytes=chat.prompt_bytes), chat, decoder)
         self._running += 1
         self._live.on_supersede(tab, run.supersede)
         try:
@@ -193,12 +194,15 @@ class ChatEngine:
 class PaidChat:
     """A running request: its bill, its provider, and how it ends."""
 
-    def __init__(self, engine: ChatEngine, tab: SessionTab, tally: Tally, chat: ChatRequest) -> None:
+    def __init__(
+        self, engine: ChatEngine, tab: SessionTab, tally: Tally, chat: ChatRequest, decoder: ChunkDecoder
+    ) -> None:
         self.tab = tab
         self.tally = tally
         self.upstream: UpstreamResponse | None = None
         self._engine = engine
         self._chat = chat
+        self._decoder = decoder
         self._stream: PaidStream | None = None
         self._superseded = False
         self._waiting: asyncio.Task[Any] | None = None
@@ -275,7 +279,7 @@ class PaidChat:
         assert self.upstream is not None
         self._stream = PaidStream(
             upstream=self.upstream,
-            decoder=OpenAIDecoder(),
+            decoder=self._decoder,
             tab=self.tab,
             tally=self.tally,
             sink=sink,

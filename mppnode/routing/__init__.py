@@ -1,1 +1,0 @@
-"""Which provider serves a request."""
