@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from channels.units import Units
 from channels.wire.problems import PROBLEMS
 from mppnode.cli.devnet import DevnetOptions
 from mppnode.config.schema import LimitsConfig, SessionConfig
-from mppnode.engine.chat import Upstream
 from mppnode.http.problem import STATUS
 from mppnode.kernel.faults import NodeReason
 from tests.http.test_open_traps import failing, rpc_hook
@@ -236,7 +236,7 @@ async def black_hole(world: World) -> tuple[asyncio.Server, Callable[[], None], 
     engine: Any = world.net.node._engine
     real = engine._upstreams["dev"]
     port = server.sockets[0].getsockname()[1]
-    engine._upstreams["dev"] = Upstream(f"http://127.0.0.1:{port}/v1", lambda: None)
+    engine._upstreams["dev"] = replace(engine._upstreams["dev"], base_url=f"http://127.0.0.1:{port}/v1")
     return server, functools.partial(engine._upstreams.__setitem__, "dev", real), reached
 
 
