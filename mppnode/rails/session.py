@@ -215,11 +215,13 @@ class SessionRail:
                     raise ChannelFault(Reason.CREDENTIAL_USED, detail="this credential has already bought a response")
                 await self._live.end_streams(account.id)
             hold = HoldId(self._entropy(8).hex())
+            # The stated window bounds the first hold too: for a dear model its usual tokens would be more than that.
+            want = min(need.want, need.floor + self._tab_policy.window_units_max * PICO_PER_UNIT)
             plan = await self._books.apply(
                 account.id,
                 # One stream per channel, and it has just been ended above; buffered requests share the channel, each
                 # with its whole worst case held, so several of one agent run side by side.
-                Reserve(hold, presented.challenge.id, presented.expires, need.floor, need.want, preempt=False),
+                Reserve(hold, presented.challenge.id, presented.expires, need.floor, Pico(want), preempt=False),
             )
             tab = SessionTab(
                 plan.account,
