@@ -117,12 +117,7 @@ class ChatEngine:
             ChannelFault: the reservation was refused.
             NodeFault: ``ALL_PROVIDERS_FAILED`` or ``PROVIDER_TIMEOUT``; the reservation is released.
         """
-        need = _need(chat, offer.model)
-        tab = await self._rail.open_tab(presented, account, need, offer.unit.amount)
-        decoder = self._upstreams[offer.model.provider].decoder()
-        run = PaidChat(self, tab, Tally(offer.model.rates, prompt_bytes=chat.prompt_bytes), chat, decoder)
-        self._running += 1
-        self._live.on_supersede(tab, run.supersede)
+        run = await self._admit(presented, account, chat, offer)
         try:
             run.upstream = await run.connect(self._connect(chat, offer.model))
         except BaseException:
@@ -131,6 +126,41 @@ class ChatEngine:
             await asyncio.wait({release})
             raise
         return run
+
+    async def _admit(self, presented: Presented, account: Account, chat: ChatRequest, offer: Offer) -> PaidChat:
+        """Reserve for a request; a client that leaves meanwhile leaves no reservation behind.
+
+        Cancelling the commit itself would not undo it: the hold would have no owner until the next restart.
+        """
+
+        async def reserve() -> PaidChat | ChannelFault:
+            need = _need(chat, offer.model)
+            try:
+                tab = await self._rail.open_tab(presented, account, need, offer.unit.amount)
+            except ChannelFault as fault:  # an answer, not a failed task
+                return fault
+            decoder = self._upstreams[offer.model.provider].decoder()
+            tally = Tally(offer.model.rates, prompt_bytes=chat.prompt_bytes, completion_max=chat.completion_tokens_max)
+            run = PaidChat(self, tab, tally, chat, decoder)
+            self._running += 1
+            self._live.on_supersede(tab, run.supersede)
+            return run
+
+        task = self._owner.start(reserve(), name="reserve")
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            task.add_done_callback(self._release)
+            raise
+        outcome = task.result()
+        if isinstance(outcome, ChannelFault):
+            raise outcome
+        return outcome
+
+    def _release(self, task: asyncio.Task[PaidChat | ChannelFault]) -> None:
+        if not task.cancelled() and task.exception() is None and isinstance(run := task.result(), PaidChat):
+            settled = run.settle(Pico(0), Ending.DISCONNECTED)
+            run.releasing = self._owner.start(settled, name="release hold")
 
     async def _connect(self, chat: ChatRequest, model: Model) -> UpstreamResponse:
         upstream = self._upstreams[model.provider]
@@ -206,6 +236,7 @@ class PaidChat:
         self._stream: PaidStream | None = None
         self._superseded = False
         self._waiting: asyncio.Task[Any] | None = None
+        self.releasing: asyncio.Task[None] | None = None
         self.stall_ms = 0
         self._settled = asyncio.Event()
 

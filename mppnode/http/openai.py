@@ -27,7 +27,7 @@ from mppnode.kernel.faults import NodeFault, NodeReason
 from mppnode.kernel.requests import ChatLimits, ChatRequest, parse_chat
 from mppnode.ledger.books import Books
 from mppnode.rails.base import Offer
-from mppnode.rails.presented import Presented, is_management
+from mppnode.rails.presented import Presented
 from mppnode.rails.session import Opened, SessionRail
 
 PATH: Final = "/v1/chat/completions"
@@ -91,9 +91,10 @@ class ChatSurface:
             raise ChannelFault(Reason.PAYMENT_REQUIRED, detail="this request is paid for; answer the challenge")
         # The reference server takes the first Payment credential too, and a client never sends two.
         envelope = decode_envelope(tokens[0])
+        # A chat request always has a body, so a bodyless credential manages its channel, with a query or without: by
+        # the reference server's rule a mid-stream voucher sent to a URL with a query would open a second stream.
         if chat is None or _asks_management(envelope):
             call.presented = presented = self._rail.read(envelope, None, peer=call.peer)
-            assert is_management(presented.payload, has_body=chat is not None)
             return _managed(await self._rail.manage(presented))
         self._engine.require_room()
         call.presented = presented = self._rail.read(envelope, offer, peer=call.peer)

@@ -18,7 +18,6 @@ from channels.wire.credential import (
     ClosePayload,
     Envelope,
     Payload,
-    TopUpPayload,
     VoucherPayload,
     decode_payload,
     parse_source,
@@ -105,12 +104,3 @@ def _require_offer(challenge: Challenge, asked: SessionRequest, offer: Offer) ->
     the_rest = asked.unit_type == WHOLE_REQUEST and asked.amount > offer.unit.amount
     if not the_rest and (asked.amount != offer.unit.amount or asked.unit_type != offer.unit.unit_type):
         raise ChannelFault(Reason.INVALID_CHALLENGE, field="amount", detail="is not this request's price")
-
-
-def is_management(payload: object, *, has_body: bool) -> bool:
-    """Whether a credential on the chat route manages its channel instead of buying a response.
-
-    A chat request always has a body, so a bodyless one can only be management, with or without a query string: the
-    reference server's rule would open a second stream for a mid-stream voucher sent to a URL with a query.
-    """
-    return not has_body or isinstance(payload, TopUpPayload | ClosePayload)
