@@ -32,9 +32,10 @@ def prompt_tokens_held(prompt_bytes: int) -> int:
 class Tally:
     """Cumulative usage of one response and its price in pico-dollars."""
 
-    __slots__ = ("_base", "_output_rate", "_prompt_bytes", "_rates", "report", "tokens")
+    __slots__ = ("_base", "_completion_max", "_output_rate", "_prompt_bytes", "_rates", "report", "tokens")
 
-    def __init__(self, rates: Rates, *, prompt_bytes: int) -> None:
+    def __init__(self, rates: Rates, *, prompt_bytes: int, completion_max: int) -> None:
+        self._completion_max = completion_max
         self._rates = rates
         self._prompt_bytes = prompt_bytes
         self._output_rate = rates.output
@@ -72,6 +73,7 @@ class Tally:
         # A report that claims far more than was seen would let a broken or hostile upstream bill our payers.
         return (
             report.completion <= self.tokens * _COMPLETION_PLAUSIBLE_FACTOR + report.reasoning
+            and report.completion <= self._completion_max  # reasoning hides, but it is part of what was asked for
             and report.reasoning <= report.completion
             and report.prompt <= self._prompt_bytes + 4096  # a byte is at most a token; chat templates add some
         )
