@@ -47,6 +47,8 @@ from channels.model import (
     CloseRecord,
     Command,
     ConfirmClosed,
+    EndAsked,
+    EndStreams,
     Event,
     Finish,
     FixCapture,
@@ -65,6 +67,8 @@ from channels.model import (
     ReleaseOrphans,
     Renew,
     Reserve,
+    Restore,
+    Restored,
     ToppedUp,
     Voucher,
     VoucherAccepted,
@@ -80,12 +84,14 @@ TRANSITIONS: Final[Mapping[type[Command], frozenset[Phase]]] = MappingProxyType(
         Reserve: frozenset({Phase.OPEN}),
         Renew: _LIVE,
         Finish: _LIVE,
+        EndStreams: frozenset({Phase.OPEN}),
         ReleaseOrphans: _LIVE,
         ObserveChain: frozenset(Phase) - {Phase.CLOSED},
         BeginClose: frozenset({Phase.OPEN, Phase.CONTESTED, Phase.CLOSING, Phase.CAPTURED}),
         FixCapture: frozenset({Phase.CLOSING, Phase.CAPTURED}),
         AbortClose: frozenset({Phase.CLOSING, Phase.CAPTURED}),
-        ConfirmClosed: frozenset({Phase.CAPTURED}),
+        ConfirmClosed: frozenset({Phase.CAPTURED, Phase.CLOSED}),
+        Restore: frozenset(Phase) - {Phase.CLOSED},
     }
 )
 """From which phases a command is heard at all; a phase that is missing is the refusal."""
@@ -116,8 +122,10 @@ def plan(account: Account | None, command: Command, *, now: UnixSeconds, policy:
             return _renew(account, command)
         case Finish():
             return _finish(account, command)
-        case ReleaseOrphans():
-            return _planned(account, *(Released(hold) for hold in account.holds))
+        case EndStreams() | ReleaseOrphans():
+            return _planned(account, *_end_holds(account, command))
+        case Restore():
+            return _restore(account, command, policy)
         case ObserveChain():
             return _planned(account, *_seen(account, command.chain))
         case BeginClose() | FixCapture() | AbortClose() | ConfirmClosed():
@@ -222,16 +230,17 @@ def _accept(account: Account, voucher: Voucher, policy: Policy) -> Plan[Outcome]
             accepted=accepted,
             least=policy.voucher_delta_units_min,
         )
-    return _planned(account, VoucherAccepted(_thin((*account.ladder, voucher), account.spent, policy.ladder_max)))
+    return _planned(account, VoucherAccepted(_thin((*account.ladder, voucher), account.final, policy.ladder_max)))
 
 
-def _thin(ladder: tuple[Voucher, ...], spent: int, limit: int) -> tuple[Voucher, ...]:
-    """Keep the greatest rung <= spent (what settlement may use now), every rung above it, and never lose the highest.
+def _thin(ladder: tuple[Voucher, ...], final: int, limit: int) -> tuple[Voucher, ...]:
+    """Keep the greatest rung <= final (what settlement may use now), every rung above it, and never lose the highest.
 
-    When rungs above ``spent`` outgrow the limit, the one whose loss leaves the smallest gap goes, so settlement later
+    By ``final`` and not by ``spent``: a credit at the end of a stream would leave no rung that may still be cashed.
+    When rungs above it outgrow the limit, the one whose loss leaves the smallest gap goes, so settlement later
     is at most a gap below what was spent; it is never above.
     """
-    settled_by = sum(1 for rung in ladder if rung.cumulative <= spent)
+    settled_by = sum(1 for rung in ladder if rung.cumulative <= final)
     kept = list(ladder[max(settled_by - 1, 0) :])
     while len(kept) > limit:
         inner = range(1, len(kept) - 1)
@@ -253,15 +262,18 @@ def _reserve(account: Account, command: Reserve, now: UnixSeconds, policy: Polic
         raise ChannelFault(Reason.CREDENTIAL_USED, detail="this credential has already bought a response")
     if live_tickets >= policy.tickets_max:
         raise ChannelFault(Reason.RATE_LIMITED, detail="too many requests on this channel", limit=policy.tickets_max)
-    # A newcomer fences the older request: its hold ends at what it last recorded, and its next renewal is refused.
-    events: list[Event] = [Released(hold) for hold in account.holds] if command.preempt else []
+    # A newcomer fences the older stream: its hold ends at what it last recorded, and its next renewal is refused.
+    events: list[Event] = [Released(hold) for hold in account.streams] if command.preempt else []
     after = reduce(fold, events, account)
+    if command.stream and after.streams:
+        raise ChannelFault(Reason.CHANNEL_BUSY, detail="another stream runs on this channel")
     if len(after.holds) >= policy.holds_max:
         raise ChannelFault(Reason.CHANNEL_BUSY, detail="too many live requests on this channel", limit=policy.holds_max)
     if after.headroom_pico < command.floor:
         raise insufficient(after, command.floor)
     granted = Pico(min(command.want, after.headroom_pico))
-    events.append(Held(command.hold, granted, command.ticket, command.ticket_expires, now))
+    expires = command.ticket_expires
+    events.append(Held(command.hold, granted, command.ticket, expires, now, command.owner, command.stream))
     return _planned(account, *events, result=Outcome(granted=granted))
 
 
@@ -286,7 +298,8 @@ def _hold(account: Account, hold_id: HoldId) -> Hold:
 def _renew(account: Account, command: Renew) -> Plan[Outcome]:
     hold = _hold(account, command.hold)
     assert hold.consumed <= command.consumed <= hold.granted, "delivery ran outside its durable hold"
-    wanted = max(command.want - hold.granted, 0) if account.phase is Phase.OPEN else 0
+    extended = account.phase is Phase.OPEN and not hold.ending
+    wanted = max(command.want - hold.granted, 0) if extended else 0
     # Folding moves value from held to owed, so headroom is the same before and after it.
     granted = Pico(hold.granted + min(wanted, account.headroom_pico))
     if granted == hold.granted and command.consumed == hold.consumed:
@@ -303,6 +316,14 @@ def _finish(account: Account, command: Finish) -> Plan[Outcome]:
         Released(command.hold),
         result=Outcome(unpaid=Pico(command.total - payable)),
     )
+
+
+def _end_holds(account: Account, command: EndStreams | ReleaseOrphans) -> tuple[Event, ...]:
+    if isinstance(command, EndStreams):
+        asked = tuple(hold for hold in account.streams if not account.holds[hold].ending)
+        return (EndAsked(asked),) if asked else ()
+    owner = command.owner
+    return tuple(Released(name) for name, hold in account.holds.items() if owner is None or hold.owner == owner)
 
 
 def _is_newer(account: Account, chain: ChainSnapshot) -> bool:
@@ -348,9 +369,35 @@ def _closing(
         case AbortClose():
             return _planned(account, CloseAborted())
         case ConfirmClosed():
-            return _planned(account, Closed(command.tx_hash, command.chain))
+            return _confirm_closed(account, command)
         case _:
             assert_never(command)
+
+
+def _confirm_closed(account: Account, command: ConfirmClosed) -> Plan[Outcome]:
+    record = account.close
+    if account.phase is Phase.CLOSED:
+        if record is not None and record.tx_hash == command.tx_hash:
+            return Plan(account, (), Outcome(replayed=True))
+        if record is None or record.capture is None or record.tx_hash is not None:
+            raise ChannelFault(Reason.CHANNEL_FINALIZED, detail="the channel was closed by somebody else")
+    return _planned(account, Closed(command.tx_hash, command.chain))
+
+
+def _restore(account: Account, command: Restore, policy: Policy) -> Plan[Outcome]:
+    chain, owed = command.chain, max(account.owed_pico, command.chain.settled * PICO_PER_UNIT)
+    if chain.deposit == 0:
+        return _planned(account, *_seen(account, chain))
+    rungs = {rung.cumulative: rung for rung in (*command.vouchers, *account.ladder) if rung.cumulative <= chain.deposit}
+    ladder = _thin(tuple(rungs[amount] for amount in sorted(rungs)), owed // PICO_PER_UNIT, policy.ladder_max)
+    if not ladder or ladder[-1].cumulative * PICO_PER_UNIT < owed:
+        raise ChannelFault(Reason.VOUCHER_TOO_LOW, detail="no voucher covers what was charged or paid out")
+    record = account.close
+    if record is not None and record.capture is not None and record.capture < chain.settled:
+        record = None  # that capture was fixed from older books and can never be included
+    begun = Phase.CLOSING if record is not None and record.capture is None else Phase.CAPTURED
+    restored = Restored(chain, ladder, owed, _usable(chain) if record is None else begun, record)
+    return _planned(account, *(Released(hold) for hold in account.holds), restored)
 
 
 def _begin_close(account: Account, command: BeginClose, policy: Policy) -> Plan[Outcome]:
@@ -376,7 +423,7 @@ def _begin_close(account: Account, command: BeginClose, policy: Policy) -> Plan[
     if all(rung.cumulative != voucher.cumulative for rung in account.ladder):
         # Also between the rungs: v1 pays whole vouchers, and a payer who closes signs exactly what was spent.
         ladder = sorted((*account.ladder, voucher), key=lambda rung: rung.cumulative)
-        events.append(VoucherAccepted(_thin(tuple(ladder), account.spent, policy.ladder_max)))
+        events.append(VoucherAccepted(_thin(tuple(ladder), account.final, policy.ladder_max)))
     return _planned(account, *events, CloseBegun(CloseRecord(command.challenge_id, voucher.cumulative)))
 
 
@@ -400,11 +447,17 @@ def fold(account: Account | None, event: Event) -> Account:
         case Held():
             tickets = {ticket: at for ticket, at in account.tickets.items() if at > event.now}
             tickets[event.ticket] = event.ticket_expires
-            holds = {**account.holds, event.hold: Hold(event.granted, Pico(0))}
-            return replace(account, version=version, tickets=MappingProxyType(tickets), holds=MappingProxyType(holds))
+            holds = {**account.holds, event.hold: Hold(event.granted, Pico(0), event.owner, event.stream)}
+            frozen, at = MappingProxyType(holds), max(account.active_at, event.now)
+            return replace(account, version=version, tickets=MappingProxyType(tickets), holds=frozen, active_at=at)
+        case EndAsked():
+            asked = {name: replace(account.holds[name], ending=True) for name in event.holds}
+            return replace(account, version=version, holds=MappingProxyType({**account.holds, **asked}))
         case Folded():
-            owed = account.owed_pico + event.consumed - account.holds[event.hold].consumed
-            holds = {**account.holds, event.hold: Hold(event.granted, event.consumed)}
+            before = account.holds[event.hold]
+            owed = account.owed_pico + event.consumed - before.consumed
+            moved = Hold(event.granted, event.consumed, before.owner, before.stream, before.ending)
+            holds = {**account.holds, event.hold: moved}
             spent = Units(max(account.spent, owed // PICO_PER_UNIT))
             return replace(account, version=version, owed_pico=owed, spent=spent, holds=MappingProxyType(holds))
         case Released():
@@ -422,6 +475,10 @@ def fold(account: Account | None, event: Event) -> Account:
             assert account.close is not None
             record = replace(account.close, tx_hash=event.tx_hash)
             return replace(account, version=version, phase=Phase.CLOSED, close=record, chain=event.chain)
+        case Restored():
+            spent = Units(max(account.spent, event.owed_pico // PICO_PER_UNIT))
+            restored = replace(account, version=version, chain=event.chain, ladder=event.ladder, close=event.close)
+            return replace(restored, owed_pico=event.owed_pico, spent=spent, phase=event.phase)
         case _:
             assert_never(event)
 

@@ -18,10 +18,18 @@ from channels.instants import UnixSeconds
 from channels.units import PICO_PER_UNIT, Pico, Units
 
 HoldId = NewType("HoldId", str)
+NodeId = NewType("NodeId", str)
+"""One life of one node process. A process that starts again, or that was fenced, gets a new one."""
 R = TypeVar("R")
+
+NOBODY: Final = NodeId("")
+"""The owner of holds that were written before holds had owners."""
 
 TOP_UPS_MAX: Final = 32
 """Top-up credentials remembered for replay: a 25 s transaction validity makes older repeats impossible."""
+
+
+_NEVER: Final = UnixSeconds(0)
 
 
 class Phase(StrEnum):
@@ -54,6 +62,12 @@ class Hold:
 
     granted: Pico
     consumed: Pico
+    owner: NodeId = NOBODY
+    """Whose request it is. When that life of a node has ended, anybody may release the hold."""
+    stream: bool = True
+    """Whether the request is a stream: a channel has one of those at a time."""
+    ending: bool = False
+    """A newer stream waits for this one: it is not extended any more."""
 
     @property
     def open(self) -> int:
@@ -88,6 +102,8 @@ class Account:
     tickets: Mapping[str, UnixSeconds] = field(default_factory=lambda: MappingProxyType({}))
     top_ups: tuple[tuple[Hash32, Hash32], ...] = ()
     close: CloseRecord | None = None
+    active_at: UnixSeconds = _NEVER
+    """When the last request began; zero before the first."""
 
     @property
     def accepted(self) -> Units:
@@ -103,6 +119,32 @@ class Account:
     def headroom_pico(self) -> int:
         """What may still be reserved: accepted - owed - held. Never negative."""
         return self.accepted * PICO_PER_UNIT - self.owed_pico - self.held_pico
+
+    @property
+    def streams(self) -> tuple[HoldId, ...]:
+        """The holds of live streams."""
+        return tuple(name for name, hold in self.holds.items() if hold.stream)
+
+    @property
+    def final(self) -> Units:
+        """Charged by requests that have ended: unlike ``spent`` it can never turn out to have been too much.
+
+        A live stream is charged by our own count, and the provider's report at its end may give some of it back. Money
+        the chain has paid out cannot be given back, so settlement stops here.
+        """
+        return Units((self.owed_pico - sum(hold.consumed for hold in self.holds.values())) // PICO_PER_UNIT)
+
+    @property
+    def settleable(self) -> Units:
+        """What a settlement may bring the chain's total to: the greatest rung not above ``final``."""
+        final = self.final
+        rungs = (rung.cumulative for rung in self.ladder if rung.cumulative <= final)
+        return Units(max(self.chain.settled, *rungs, 0))
+
+    @property
+    def unsettled(self) -> Units:
+        """Earned and not yet paid out on chain."""
+        return Units(max(self.capturable - self.chain.settled, 0))
 
     @property
     def capturable(self) -> Units:
@@ -157,6 +199,9 @@ class Reserve:
     floor: Pico
     want: Pico
     preempt: bool = True
+    """Release the hold of an older stream without its owner's word: it is charged what was recorded, and no more."""
+    owner: NodeId = NOBODY
+    stream: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,8 +225,19 @@ class Finish:
 
 
 @dataclass(frozen=True, slots=True)
+class EndStreams:
+    """OPEN -> OPEN. Ask the owners of live streams to end them: they bill exactly, which only they can do."""
+
+
+@dataclass(frozen=True, slots=True)
 class ReleaseOrphans:
-    """Any phase but CAPTURED and CLOSED. Drop holds whose owner is gone, charging only what was recorded."""
+    """Any phase but CAPTURED and CLOSED. Drop holds whose owner is gone, charging only what was recorded.
+
+    ``owner`` limits it to the holds of one life of a node; without it every hold goes. Safe even when the owner is
+    alive after all: its next renewal is refused, and until then it can deliver no more than it already held.
+    """
+
+    owner: NodeId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,10 +270,22 @@ class AbortClose:
 
 @dataclass(frozen=True, slots=True)
 class ConfirmClosed:
-    """CAPTURED -> CLOSED. The chain confirmed our close."""
+    """CAPTURED -> CLOSED. The chain confirmed our close. A watcher may have seen the end before its receipt came."""
 
     tx_hash: Hash32
     chain: ChainSnapshot
+
+
+@dataclass(frozen=True, slots=True)
+class Restore:
+    """Any phase but CLOSED. Bring an account from an old backup up to date: newer vouchers, and the chain's word.
+
+    What the chain has paid out was consumed before the backup's tail was lost (nothing else is ever settled), so
+    ``owed`` rises to it. For people, never for requests.
+    """
+
+    chain: ChainSnapshot
+    vouchers: tuple[Voucher, ...]
 
 
 Command = (
@@ -227,12 +295,14 @@ Command = (
     | Reserve
     | Renew
     | Finish
+    | EndStreams
     | ReleaseOrphans
     | ObserveChain
     | BeginClose
     | FixCapture
     | AbortClose
     | ConfirmClosed
+    | Restore
 )
 
 # ----------------------------------------------------------------------------------------------------------- events
@@ -277,6 +347,15 @@ class Held:
     ticket: str
     ticket_expires: UnixSeconds
     now: UnixSeconds
+    owner: NodeId = NOBODY
+    stream: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class EndAsked:
+    """The owners of these holds were asked to end them."""
+
+    holds: tuple[HoldId, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,18 +401,31 @@ class Closed:
     chain: ChainSnapshot
 
 
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """An account from an old backup was brought up to date."""
+
+    chain: ChainSnapshot
+    ladder: tuple[Voucher, ...]
+    owed_pico: int
+    phase: Phase
+    close: CloseRecord | None
+
+
 Event = (
     Opened
     | VoucherAccepted
     | ToppedUp
     | ChainObserved
     | Held
+    | EndAsked
     | Folded
     | Released
     | CloseBegun
     | CaptureFixed
     | CloseAborted
     | Closed
+    | Restored
 )
 
 

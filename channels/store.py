@@ -31,8 +31,11 @@ class ChannelStore(Protocol):
         """
         ...
 
-    async def transact(self, channel: ChannelId, step: Step[R]) -> Plan[R]:
+    async def transact(self, channel: ChannelId, step: Step[R], *, relaxed: bool = False) -> Plan[R]:
         """Run ``step`` on the current account and commit what it planned.
+
+        ``relaxed`` commits survive the process but perhaps not a power cut. Whatever is answered to a step that is
+        not relaxed survives both, also when it changed nothing: it may be shown to a payer.
 
         Raises:
             ChannelFault: whatever ``step`` refused with, or ``STORE_UNAVAILABLE`` when nothing was committed.

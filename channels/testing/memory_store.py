@@ -30,7 +30,7 @@ class MemoryStore:
         """See :meth:`ChannelStore.load`."""
         return self._accounts.get(channel)
 
-    async def transact(self, channel: ChannelId, step: Step[R]) -> Plan[R]:
+    async def transact(self, channel: ChannelId, step: Step[R], *, relaxed: bool = False) -> Plan[R]:  # noqa: ARG002
         """See :meth:`ChannelStore.transact`; nothing is awaited, so steps are serial by themselves."""
         before = self._accounts.get(channel)
         plan = step(before)

@@ -22,14 +22,17 @@ from channels.model import (
     CloseBegun,
     Closed,
     CloseRecord,
+    EndAsked,
     Event,
     Folded,
     Held,
     Hold,
     HoldId,
+    NodeId,
     Opened,
     Phase,
     Released,
+    Restored,
     ToppedUp,
     Voucher,
     VoucherAccepted,
@@ -74,11 +77,19 @@ def _read_ladder(rows: Json) -> tuple[Voucher, ...]:
 
 
 def _holds(holds: Mapping[HoldId, Hold]) -> Json:
-    return {name: [str(hold.granted), str(hold.consumed)] for name, hold in holds.items()}
+    return {
+        name: [str(hold.granted), str(hold.consumed), hold.owner, hold.stream, hold.ending]
+        for name, hold in holds.items()
+    }
 
 
 def _read_holds(rows: Json) -> Mapping[HoldId, Hold]:
-    return MappingProxyType({HoldId(name): Hold(Pico(int(g)), Pico(int(c))) for name, (g, c) in rows.items()})
+    return MappingProxyType({HoldId(name): _read_hold(*row) for name, row in rows.items()})
+
+
+def _read_hold(granted: str, consumed: str, owner: str = "", stream: bool = True, ending: bool = False) -> Hold:  # noqa: FBT001, FBT002 - a row
+    # The defaults are schema 1, whose holds had no owner.
+    return Hold(Pico(int(granted)), Pico(int(consumed)), NodeId(owner), stream, ending)
 
 
 def _close(record: CloseRecord | None) -> Json:
@@ -140,6 +151,8 @@ COLUMNS: Final[tuple[str, ...]] = (
     "tickets",
     "top_ups",
     "close",
+    "active_at",
+    "live",
 )
 """Mutable columns of ``channel``, in the order of :func:`account_columns`."""
 
@@ -170,6 +183,7 @@ def account_columns(account: Account, before: Account | None) -> dict[str, str |
             "owed_pico": padded(account.owed_pico),
             "held_pico": padded(account.held_pico),
             "holds": dumps(_holds(account.holds)),
+            "live": int(bool(account.holds)),
         }
     if before is None or account.tickets is not before.tickets:
         columns["tickets"] = dumps(dict(account.tickets))
@@ -177,6 +191,8 @@ def account_columns(account: Account, before: Account | None) -> dict[str, str |
         columns["top_ups"] = dumps([[a.hex(), b.hex()] for a, b in account.top_ups])
     if before is None or account.close is not before.close:
         columns["close"] = dumps(_close(account.close))
+    if before is None or account.active_at != before.active_at:
+        columns["active_at"] = account.active_at
     return columns
 
 
@@ -199,6 +215,7 @@ def read_account(channel: bytes, terms: str, columns: Mapping[str, Any]) -> Acco
         tickets=MappingProxyType(tickets),
         top_ups=tuple((Hash32(bytes.fromhex(a)), Hash32(bytes.fromhex(b))) for a, b in top_ups),
         close=_read_close(json.loads(columns["close"])),
+        active_at=UnixSeconds(columns["active_at"]),
     )
 
 
@@ -222,7 +239,10 @@ def _event_body(event: Event) -> Json:
         case ChainObserved():
             return [_chain(event.chain), event.phase.value]
         case Held():
-            return [event.hold, str(event.granted), event.ticket, event.ticket_expires, event.now]
+            used = [event.ticket, event.ticket_expires, event.now]
+            return [event.hold, str(event.granted), *used, event.owner, event.stream]
+        case EndAsked():
+            return list(event.holds)
         case Folded():
             return [event.hold, str(event.consumed), str(event.granted)]
         case Released():
@@ -235,6 +255,9 @@ def _event_body(event: Event) -> Json:
             return None
         case Closed():
             return [event.tx_hash.hex(), _chain(event.chain)]
+        case Restored():
+            ladder, close = _ladder(event.ladder), _close(event.close)
+            return [_chain(event.chain), ladder, str(event.owed_pico), event.phase.value, close]
 
 
 def read_event(kind: str, body: str) -> Event:
@@ -262,6 +285,12 @@ def _read_opened(row: Json) -> Event:
     )
 
 
+def _read_held(row: Json) -> Event:
+    hold, granted, ticket, expires, now, *later = row  # schema 1 ends here
+    owner, stream = later or ("", True)
+    return Held(HoldId(hold), Pico(int(granted)), ticket, UnixSeconds(expires), UnixSeconds(now), NodeId(owner), stream)
+
+
 def _read_begun(row: Json) -> Event:
     record = _read_close(row)
     assert record is not None
@@ -274,12 +303,16 @@ _READERS: Final[Mapping[str, Any]] = MappingProxyType(
         "VoucherAccepted": lambda row: VoucherAccepted(_read_ladder(row)),
         "ToppedUp": lambda row: ToppedUp(Hash32(bytes.fromhex(row[0])), Hash32(bytes.fromhex(row[1]))),
         "ChainObserved": lambda row: ChainObserved(_read_chain(row[0]), Phase(row[1])),
-        "Held": lambda row: Held(HoldId(row[0]), Pico(int(row[1])), row[2], UnixSeconds(row[3]), UnixSeconds(row[4])),
+        "Held": _read_held,
+        "EndAsked": lambda row: EndAsked(tuple(HoldId(name) for name in row)),
         "Folded": lambda row: Folded(HoldId(row[0]), Pico(int(row[1])), Pico(int(row[2]))),
         "Released": lambda row: Released(HoldId(row)),
         "CloseBegun": _read_begun,
         "CaptureFixed": lambda row: CaptureFixed(Units(int(row))),
         "CloseAborted": lambda _row: CloseAborted(),
         "Closed": lambda row: Closed(Hash32(bytes.fromhex(row[0])), _read_chain(row[1])),
+        "Restored": lambda row: Restored(
+            _read_chain(row[0]), _read_ladder(row[1]), int(row[2]), Phase(row[3]), _read_close(row[4])
+        ),
     }
 )

@@ -221,7 +221,15 @@ class SessionRail:
                 account.id,
                 # One stream per channel, and it has just been ended above; buffered requests share the channel, each
                 # with its whole worst case held, so several of one agent run side by side.
-                Reserve(hold, presented.challenge.id, presented.expires, need.floor, Pico(want), preempt=False),
+                Reserve(
+                    hold,
+                    presented.challenge.id,
+                    presented.expires,
+                    need.floor,
+                    Pico(want),
+                    preempt=False,
+                    stream=need.stream,
+                ),
             )
             tab = SessionTab(
                 plan.account,

@@ -75,7 +75,7 @@ async def test_fifty_concurrent_steps_are_serial(store: ChannelStore) -> None:
     def taking(n: int) -> Step[Outcome]:
         def run(account: Account | None) -> Plan[Outcome]:
             assert account is not None
-            made = plan(account, reserve(1, hold=f"h{n}", ticket=f"t{n}", preempt=False), now=NOW, policy=policy)
+            made = plan(account, reserve(1, hold=f"h{n}", ticket=f"t{n}", preempt=False, stream=False), now=NOW, policy=policy)
             seen.append(made.account.version)
             return made
 

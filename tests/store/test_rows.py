@@ -24,7 +24,10 @@ ADDRESS = st.binary(min_size=20, max_size=20).map(Address)
 TEXT = st.text(max_size=20)
 HOLD = st.text(min_size=1, max_size=20).map(m.HoldId)
 VOUCHER = st.builds(m.Voucher, UNITS, st.binary(min_size=65, max_size=65))
-HELD = st.tuples(PICO, PICO).map(lambda pair: m.Hold(granted=max(pair), consumed=min(pair)))
+NODE = TEXT.map(m.NodeId)
+HELD = st.builds(
+    lambda pair, *rest: m.Hold(max(pair), min(pair), *rest), st.tuples(PICO, PICO), NODE, st.booleans(), st.booleans()
+)
 LADDER = st.lists(VOUCHER, min_size=1, max_size=4).map(tuple)
 CHAIN = st.builds(ChainSnapshot, UNITS, UNITS, st.none() | SECONDS, st.integers(0, 2**70))
 RECORD = st.builds(m.CloseRecord, TEXT, UNITS, st.none() | UNITS, st.none() | HASH)
@@ -46,6 +49,7 @@ ACCOUNT = st.builds(
     tickets=st.dictionaries(TEXT, SECONDS, max_size=3).map(MappingProxyType),
     top_ups=st.lists(st.tuples(HASH, HASH), max_size=3).map(tuple),
     close=st.none() | RECORD,
+    active_at=SECONDS,
 )
 OPENED = st.builds(
     m.Account,
@@ -65,13 +69,15 @@ EVENTS: dict[type[Any], st.SearchStrategy[Any]] = {
     m.VoucherAccepted: st.builds(m.VoucherAccepted, LADDER),
     m.ToppedUp: st.builds(m.ToppedUp, HASH, HASH),
     m.ChainObserved: st.builds(m.ChainObserved, CHAIN, st.sampled_from(m.Phase)),
-    m.Held: st.builds(m.Held, HOLD, PICO, TEXT, SECONDS, SECONDS),
+    m.Held: st.builds(m.Held, HOLD, PICO, TEXT, SECONDS, SECONDS, NODE, st.booleans()),
+    m.EndAsked: st.builds(m.EndAsked, st.lists(HOLD, max_size=3).map(tuple)),
     m.Folded: st.builds(m.Folded, HOLD, PICO, PICO),
     m.Released: st.builds(m.Released, HOLD),
     m.CloseBegun: st.builds(m.CloseBegun, RECORD),
     m.CaptureFixed: st.builds(m.CaptureFixed, UNITS),
     m.CloseAborted: st.just(m.CloseAborted()),
     m.Closed: st.builds(m.Closed, HASH, CHAIN),
+    m.Restored: st.builds(m.Restored, CHAIN, LADDER, PICO, st.sampled_from(m.Phase), st.none() | RECORD),
 }
 
 

@@ -10,12 +10,14 @@ from channels.faults import ChannelFault, Reason
 from channels.ids import ZERO_ADDRESS, Address, ChannelId, Hash32
 from channels.instants import UnixSeconds
 from channels.model import (
+    NOBODY,
     Account,
     BeginClose,
     Command,
     ConfirmClosed,
     FixCapture,
     HoldId,
+    NodeId,
     ObserveChain,
     Open,
     Outcome,
@@ -67,10 +69,18 @@ def opening(
 
 
 def reserve(
-    floor: float = 1, want: float | None = None, *, hold: str = "h", ticket: str = "t", expires: int = NOW + 300, preempt: bool = True
+    floor: float = 1,
+    want: float | None = None,
+    *,
+    hold: str = "h",
+    ticket: str = "t",
+    expires: int = NOW + 300,
+    preempt: bool = True,
+    owner: NodeId = NOBODY,
+    stream: bool = True,
 ) -> Reserve:
     most = floor if want is None else want
-    return Reserve(HoldId(hold), ticket, UnixSeconds(expires), pico(floor), pico(most), preempt)
+    return Reserve(HoldId(hold), ticket, UnixSeconds(expires), pico(floor), pico(most), preempt, owner, stream)
 
 
 def decide(account: Account | None, command: Command, policy: Policy = POLICY, now: int = NOW) -> Plan[Outcome]:
