@@ -5,7 +5,7 @@ The event records are shared with v1 (``escrow_v1.py``), whose events carry the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -18,6 +18,7 @@ from channels.units import Units
 
 _DESCRIPTOR: Final = "(address,address,address,address,bytes32,address,bytes32)"
 _DESCRIPTOR_WORDS: Final = 7
+_ARRAY_AT: Final = 32  # where the only dynamic argument starts
 SIGNATURE_MAX: Final = 2049
 """Longest signature the chain verifies (WebAuthn); ours are 65 bytes, but others' calls are decoded too."""
 
@@ -29,6 +30,7 @@ REQUEST_CLOSE: Final = selector(f"requestClose({_DESCRIPTOR})")
 WITHDRAW: Final = selector(f"withdraw({_DESCRIPTOR})")
 GET_CHANNEL: Final = selector(f"getChannel({_DESCRIPTOR})")
 GET_CHANNEL_STATE: Final = selector("getChannelState(bytes32)")
+GET_CHANNEL_STATES: Final = selector("getChannelStatesBatch(bytes32[])")
 COMPUTE_CHANNEL_ID: Final = selector("computeChannelId(address,address,address,address,bytes32,address,bytes32)")
 GET_VOUCHER_DIGEST: Final = selector("getVoucherDigest(bytes32,uint96)")
 DOMAIN_SEPARATOR: Final = selector("domainSeparator()")
@@ -197,8 +199,32 @@ def decode_channel_state(data: bytes, *, block: int) -> ChainSnapshot:
         ChannelFault: ``CHAIN_UNAVAILABLE`` when the node's reply is not one.
     """
     words = Words(data, heads=3, field="getChannelState", reason=Reason.CHAIN_UNAVAILABLE)
-    settled, deposit, requested = words.uint(96), words.uint(96), words.uint(32)
+    state = _read_state(words, block)
     words.end()
+    return state
+
+
+def encode_get_channel_states(ids: Sequence[ChannelId]) -> bytes:
+    """Calldata of ``getChannelStatesBatch``: the same view for many channels at once."""
+    return GET_CHANNEL_STATES + encode(_ARRAY_AT, len(ids), *ids)
+
+
+def decode_channel_states(data: bytes, count: int, *, block: int) -> tuple[ChainSnapshot, ...]:
+    """Read the reply of ``getChannelStatesBatch`` for ``count`` channels, in their order.
+
+    Raises:
+        ChannelFault: ``CHAIN_UNAVAILABLE`` when the node's reply is not one.
+    """
+    words = Words(data, heads=2 + 3 * count, field="getChannelStatesBatch", reason=Reason.CHAIN_UNAVAILABLE)
+    if (words.uint(256), words.uint(256)) != (_ARRAY_AT, count):
+        raise words.refused("is not an array of that length")
+    states = tuple(_read_state(words, block) for _ in range(count))
+    words.end()
+    return states
+
+
+def _read_state(words: Words, block: int) -> ChainSnapshot:
+    settled, deposit, requested = words.uint(96), words.uint(96), words.uint(32)
     return ChainSnapshot(
         deposit=Units(deposit),
         settled=Units(settled),

@@ -12,7 +12,7 @@ from typing import Final
 
 from channels import escrow as v2
 from channels import escrow_v1 as v1
-from channels.abi import Log, Words, arguments, encode
+from channels.abi import WORD, Log, Words, arguments, encode
 from channels.descriptor import CLOSE_GRACE_S, RESERVE_ADDRESS, Descriptor, Escrow, SessionProtocol
 from channels.faults import ChannelFault
 from channels.ids import ZERO_ADDRESS, Address, ChannelId, Hash32
@@ -127,7 +127,7 @@ class ReserveModel:
         _check_signature(self._domain, channel_id, cumulative, signature, descriptor.signer)
         paid = Units(cumulative - slot.settled)
         self.slots[channel_id] = replace(slot, settled=cumulative)
-        self._tokens.transfer(descriptor.token, self.escrow.address, descriptor.payee, paid)
+        self._pay(descriptor, paid)
         self._emit(v2.Settled(channel_id, *parties, cumulative, paid, cumulative))
 
     def close(
@@ -196,6 +196,16 @@ class ReserveModel:
                 channel_id = ChannelId(Words(data[4:], heads=1, field="data").hash32())
                 slot = self.slots.at(channel_id, context.at_block)
                 return encode(slot.settled, slot.deposit, slot.requested_at)
+            case v2.GET_CHANNEL_STATES:
+                count = len(data[4:]) // WORD - 2
+                words = Words(data[4:], heads=2 + count, field="data")
+                if (words.uint(256), words.uint(256)) != (WORD, count):
+                    raise EscrowRevert("InvalidCalldata")
+                ids = [ChannelId(words.hash32()) for _ in range(count)]
+                words.end()
+                slots = [self.slots.at(channel_id, context.at_block) for channel_id in ids]
+                values = [value for slot in slots for value in (slot.settled, slot.deposit, slot.requested_at)]
+                return encode(WORD, count, *values)
             case v2.COMPUTE_CHANNEL_ID:
                 return derive_channel_id(self.escrow, v2.read_descriptor(Words(data[4:], heads=7, field="data")))
             case v2.GET_VOUCHER_DIGEST:
@@ -217,11 +227,15 @@ class ReserveModel:
         self.slots[channel_id] = _EMPTY
         refund = Units(slot.deposit - capture)
         if capture > slot.settled:
-            paid = capture - slot.settled
-            self._tokens.transfer(descriptor.token, self.escrow.address, descriptor.payee, paid)
+            self._pay(descriptor, capture - slot.settled)
         if refund:
             self._tokens.transfer(descriptor.token, self.escrow.address, descriptor.payer, refund)
         self._emit(v2.ChannelClosed(channel_id, descriptor.payer, descriptor.payee, capture, refund))
+
+    def _pay(self, descriptor: Descriptor, amount: int) -> None:
+        # The money is the payer's until it is paid out: a payer the token's policy has blocked since then cannot pay.
+        self._tokens.require_allowed(descriptor.payer)
+        self._tokens.transfer(descriptor.token, self.escrow.address, descriptor.payee, amount)
 
     @staticmethod
     def _may_settle(sender: Address, descriptor: Descriptor) -> bool:

@@ -26,12 +26,19 @@ class EscrowRevert(Exception):
 
 
 class Journal:
-    """The block being built and how to undo what the running transaction wrote."""
+    """The block being built, how to undo what the running transaction wrote, and all values that have a history."""
 
     def __init__(self) -> None:
         self.block = 0
         self.logs: list[Log] = []
         self.undo: list[Callable[[], object]] = []
+        self.rewinds: list[Callable[[int], None]] = []
+
+    def rewind(self, block: int) -> None:
+        """Forget everything written after ``block``, which is what a reorganisation does to a chain's state."""
+        assert not self.undo, "a transaction is running"
+        for rewind in self.rewinds:
+            rewind(block)
 
     @contextmanager
     def attempt(self, *, commit: bool) -> Iterator[list[Log]]:
@@ -56,6 +63,7 @@ class Cells(Generic[K, V]):
         self._journal = journal
         self._default = default
         self._history: dict[K, list[tuple[int, V]]] = {}
+        journal.rewinds.append(self._rewind)
 
     def __getitem__(self, key: K) -> V:
         history = self._history.get(key)
@@ -78,6 +86,10 @@ class Cells(Generic[K, V]):
         index = bisect_right(history, block, key=lambda entry: entry[0])
         return history[index - 1][1] if index else self._default
 
+    def _rewind(self, block: int) -> None:
+        for history in self._history.values():
+            del history[bisect_right(history, block, key=lambda entry: entry[0]) :]
+
 
 class TokenModel:
     """Balances and allowances of every token; whoever is in ``blocked`` can neither send nor receive (TIP-403)."""
@@ -94,14 +106,18 @@ class TokenModel:
         self.known.add(token)
         self.balances[token, owner] += amount
 
+    def require_allowed(self, *parties: Address) -> None:
+        """Revert when the token's policy blocks one of them."""
+        if not self.blocked.isdisjoint(parties):
+            raise EscrowRevert("PolicyForbids")
+
     def transfer(
         self, token: Address, sender: Address, to: Address, amount: int, memo: Hash32 | None = None
     ) -> None:
         """Move base units. Reverts for an unknown token, a blocked party or a short balance."""
         if token not in self.known:
             raise EscrowRevert("UnknownToken")
-        if sender in self.blocked or to in self.blocked:
-            raise EscrowRevert("PolicyForbids")
+        self.require_allowed(sender, to)
         if self.balances[token, sender] < amount:
             raise EscrowRevert("InsufficientBalance")
         self.balances[token, sender] -= amount

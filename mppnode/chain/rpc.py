@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import orjson
 
@@ -21,7 +21,7 @@ from channels import escrow as v2
 from channels import escrow_v1 as v1
 from channels import tempo_tx, tip20
 from channels.abi import Log
-from channels.chain import Fate, Head, Receipt, TxOutcome
+from channels.chain import Fate, Head, Receipt, Topic, TxOutcome, fee_of
 from channels.descriptor import ChainSnapshot, Escrow, SessionProtocol
 from channels.faults import ChannelFault, Reason
 from channels.ids import Address, ChannelId, Hash32, to_hex
@@ -32,11 +32,15 @@ from mppnode.chain import wire
 from mppnode.chain.transport import Transport, TransportFailed
 from mppnode.kernel.clock import Clock
 
+T = TypeVar("T")
+
 VALIDITY_S: Final = 25
 """How long our transactions may be mined: inside the chain's 30 s window with room for clock skew."""
 EXPIRY_MARGIN_S: Final = 60
 """Added before a missing receipt means "never": two replicas behind one address may be this far apart."""
 ENTROPY_BYTES: Final = 8
+STATES_PER_CALL: Final = 100
+"""Channels per round trip: 10 KB of reply, and what public nodes still take as one batch."""
 _LIMITED: Final = -32005  # EIP-1474 "limit exceeded": the node did not look at the request
 _INTERNAL: Final = -32603  # JSON-RPC 2.0 "internal error": anything may have happened
 _REVERTS: Final = frozenset({3, -32000, -32003, -32015})  # as geth, reth and OpenEthereum report a failing call
@@ -63,7 +67,7 @@ class RpcError(Exception):
 
 
 class JsonRpc:
-    """JSON-RPC 2.0 over a transport: one request at a time, the reply must be to it."""
+    """JSON-RPC 2.0 over a transport: one request or one batch at a time, the reply must be to it."""
 
     def __init__(self, transport: Transport) -> None:
         self._transport = transport
@@ -76,24 +80,51 @@ class JsonRpc:
             RpcError: when the node reports an error.
             TransportFailed: when there is no usable reply.
         """
+        request = self._request(method, params)
+        return _result(await self._post(request), request["id"])
+
+    async def call_many(self, method: str, each: Sequence[Sequence[Any]]) -> list[Any]:
+        """The results of one batch of calls of one method, in the order of ``each``. Raises as :meth:`call`."""
+        requests = [self._request(method, params) for params in each]
+        answers = await self._post(requests)
+        if not isinstance(answers, list):  # a node may refuse the whole batch with one error
+            raise _refusal(answers) or _unusable("is not a batch")
+        by_id = {answer.get("id"): answer for answer in answers if isinstance(answer, dict)}
+        return [_result(by_id.get(request["id"]), request["id"]) for request in requests]
+
+    def _request(self, method: str, params: Sequence[Any]) -> dict[str, Any]:
         self._last_id += 1
-        request = {"jsonrpc": "2.0", "id": self._last_id, "method": method, "params": params}
-        expected = self._last_id
-        reply = await self._transport.post(orjson.dumps(request))
+        return {"jsonrpc": "2.0", "id": self._last_id, "method": method, "params": params}
+
+    async def _post(self, body: object) -> Any:
+        reply = await self._transport.post(orjson.dumps(body))
         try:
-            answer = orjson.loads(reply)
+            return orjson.loads(reply)
         except orjson.JSONDecodeError:
-            raise TransportFailed("chain node's reply is not JSON", maybe_sent=True) from None
-        if not isinstance(answer, dict) or answer.get("id") != expected:
-            raise TransportFailed("chain node's reply is to another request", maybe_sent=True)
-        error = answer.get("error")
-        if error is not None:
-            code = error.get("code") if isinstance(error, dict) else None
-            message = error.get("message") if isinstance(error, dict) else None
-            raise RpcError(code if isinstance(code, int) else _INTERNAL, str(message)[:200])
-        if "result" not in answer:
-            raise TransportFailed("chain node's reply has neither result nor error", maybe_sent=True)
-        return answer["result"]
+            raise _unusable("is not JSON") from None
+
+
+def _result(answer: Any, expected: int) -> Any:
+    if not isinstance(answer, dict) or answer.get("id") != expected:
+        raise _unusable("is to another request")
+    refusal = _refusal(answer)
+    if refusal is not None:
+        raise refusal
+    if "result" not in answer:
+        raise _unusable("has neither result nor error")
+    return answer["result"]
+
+
+def _refusal(answer: Any) -> RpcError | None:
+    error = answer.get("error") if isinstance(answer, dict) else None
+    if error is None:
+        return None
+    code, message = (error.get("code"), error.get("message")) if isinstance(error, dict) else (None, None)
+    return RpcError(code if isinstance(code, int) else _INTERNAL, str(message)[:200])
+
+
+def _unusable(why: str) -> TransportFailed:
+    return TransportFailed(f"chain node's reply {why}", maybe_sent=True)
 
 
 class RpcChain:
@@ -118,7 +149,10 @@ class RpcChain:
         return wire.read_quantity(await self._read("eth_chainId"), "eth_chainId")
 
     async def head(self) -> Head:
-        return (await self._block())[0]
+        return (await self._block("latest"))[0]
+
+    async def finalised(self) -> Head:
+        return (await self._block("finalized"))[0]
 
     async def channel_state(
         self, escrow: Escrow, channel_id: ChannelId, *, at_block: int | None = None
@@ -134,6 +168,35 @@ class RpcChain:
             return v2.decode_channel_state(reply, block=block)
         return v1.decode_get_channel(reply).snapshot(block=block)
 
+    async def channel_states(
+        self, escrow: Escrow, ids: Sequence[ChannelId], *, at_block: int | None = None
+    ) -> Sequence[ChainSnapshot]:
+        block = (await self.head()).number if at_block is None else at_block
+        states: list[ChainSnapshot] = []
+        for start in range(0, len(ids), STATES_PER_CALL):
+            page = ids[start : start + STATES_PER_CALL]
+            read = self._v2_states if escrow.protocol is SessionProtocol.V2 else self._v1_states
+            states += await read(escrow, page, block)
+        return states
+
+    async def _v2_states(self, escrow: Escrow, ids: Sequence[ChannelId], block: int) -> Sequence[ChainSnapshot]:
+        reply = await self._eth_call(escrow.address, v2.encode_get_channel_states(ids), wire.quantity(block))
+        return v2.decode_channel_states(reply, len(ids), block=block)
+
+    async def _v1_states(self, escrow: Escrow, ids: Sequence[ChannelId], block: int) -> Sequence[ChainSnapshot]:
+        # The v1 contract has no view over many channels; a JSON-RPC batch is the same round trip, though some nodes
+        # count its entries one by one.
+        where, at = to_hex(escrow.address), wire.quantity(block)
+        calls = [({"to": where, "data": to_hex(v1.encode_get_channel(channel))}, at) for channel in ids]
+        replies = await self._repeat(
+            "eth_call", lambda: self._rpc.call_many("eth_call", calls), attempts=self._limits.pinned_attempts
+        )
+        return [v1.decode_get_channel(wire.read_data(reply, "eth_call")).snapshot(block=block) for reply in replies]
+
+    async def fee_units(self, gas: int) -> Units:
+        _, base_fee = await self._block("latest")
+        return fee_of(gas, base_fee + await self._priority())
+
     async def balance_of(self, token: Address, owner: Address) -> Units:
         data = tip20.encode_balance_of(owner)
         return tip20.decode_balance(await self._eth_call(token, data, "latest"))
@@ -143,19 +206,21 @@ class RpcChain:
         return None if reply is None else wire.read_receipt(reply, expected=tx_hash)
 
     async def outcome(self, tx_hash: Hash32, *, valid_before: UnixSeconds) -> TxOutcome:
-        # Head before receipt: the other way round a transaction mined between the two reads would look expired.
-        head = await self.head()
+        # The final block before the receipt: the other way round a transaction mined between the two reads would look
+        # expired. And the final block, not the newest: a block that is replaced gives its transactions back, and the
+        # replacement may carry an earlier time.
+        final = await self.finalised()
         receipt = await self.receipt(tx_hash)
         if receipt is not None:
             return receipt
-        return Fate.EXPIRED if head.timestamp >= valid_before + EXPIRY_MARGIN_S else Fate.PENDING
+        return Fate.EXPIRED if final.timestamp >= valid_before + EXPIRY_MARGIN_S else Fate.PENDING
 
     async def logs(
-        self, address: Address, *, topics: Sequence[Hash32 | None], from_block: int, to_block: int
+        self, address: Address, *, topics: Sequence[Topic], from_block: int, to_block: int
     ) -> tuple[Log, ...]:
         query = {
             "address": to_hex(address),
-            "topics": [None if topic is None else to_hex(topic) for topic in topics],
+            "topics": [wire.topic(topic) for topic in topics],
             "fromBlock": wire.quantity(from_block),
             "toBlock": wire.quantity(to_block),
         }
@@ -165,7 +230,15 @@ class RpcChain:
             raise wire.malformed("eth_getLogs")
         return logs
 
-    async def simulate(self, sender: Address, calls: Sequence[Call], *, fee_token: Address | None) -> None:
+    async def simulate(
+        self,
+        sender: Address,
+        calls: Sequence[Call],
+        *,
+        fee_token: Address | None,
+        fee_payer: Address | None = None,
+        gas: int | None = None,
+    ) -> None:
         request: dict[str, Any] = {
             "from": to_hex(sender),
             "type": "0x76",
@@ -173,6 +246,10 @@ class RpcChain:
         }
         if fee_token is not None:
             request["feeToken"] = to_hex(fee_token)
+        if fee_payer is not None:
+            request["feePayer"] = to_hex(fee_payer)
+        if gas is not None:
+            request["gas"] = wire.quantity(gas)
         await self._trial("eth_call", request, "latest")
 
     # ---------------------------------------------------------------------------------------------------- transactions
@@ -188,8 +265,8 @@ class RpcChain:
     ) -> TempoTx:
         assert len(entropy) == ENTROPY_BYTES
         chain_id = await self.chain_id()
-        _, base_fee = await self._block()
-        priority = wire.read_quantity(await self._read("eth_maxPriorityFeePerGas"), "eth_maxPriorityFeePerGas")
+        _, base_fee = await self._block("latest")
+        priority = await self._priority()
         now = self._clock.now()
         draft = TempoTx(
             chain_id=chain_id,
@@ -211,9 +288,8 @@ class RpcChain:
         # State moves between estimate and inclusion; unused gas is not paid for, too little of it is a lost settle.
         return replace(draft, gas=estimate + estimate // 5)
 
-    async def broadcast(self, raw: bytes) -> Receipt:
-        signed = tempo_tx.decode(raw)
-        tx_hash = signed.tx_hash
+    async def send(self, raw: bytes) -> None:
+        tx_hash = tempo_tx.decode(raw).tx_hash
         maybe_sent = False
         for attempt in range(self._limits.send_attempts):
             if attempt:
@@ -222,20 +298,35 @@ class RpcChain:
                 await self._rpc.call("eth_sendRawTransaction", to_hex(raw))
             except TransportFailed as failure:
                 maybe_sent = maybe_sent or failure.maybe_sent
-                continue
             except RpcError as error:
                 if error.code in (_LIMITED, _INTERNAL):
                     maybe_sent = maybe_sent or error.code == _INTERNAL
                     continue
-                if not maybe_sent and not await self._holds(tx_hash):
-                    raise ChannelFault(
-                        Reason.CHAIN_REJECTED, field="transaction", detail="was refused by the chain node"
-                    ) from error
-            maybe_sent = True
-            break
+                held = await self._holds(tx_hash)
+                if held:
+                    return
+                if held is None or maybe_sent:
+                    # A refusal proves nothing about a try that may have reached another replica.
+                    maybe_sent = True
+                    break
+                raise ChannelFault(
+                    Reason.CHAIN_REJECTED, field="transaction", detail="was refused by the chain node"
+                ) from error
+            else:
+                return
         if not maybe_sent:
             raise ChannelFault(Reason.CHAIN_UNAVAILABLE, detail="the transaction could not be sent")
-        return await self._await_receipt(tx_hash)
+        raise ChannelFault(
+            Reason.CHAIN_OUTCOME_UNKNOWN, field="transaction", detail="may have been sent, no node has confirmed it"
+        )
+
+    async def broadcast(self, raw: bytes) -> Receipt:
+        try:
+            await self.send(raw)
+        except ChannelFault as fault:
+            if fault.reason is not Reason.CHAIN_OUTCOME_UNKNOWN:
+                raise
+        return await self._await_receipt(tempo_tx.decode(raw).tx_hash)
 
     async def _await_receipt(self, tx_hash: Hash32) -> Receipt:
         deadline = self._clock.monotonic() + self._limits.receipt_wait_s
@@ -252,19 +343,22 @@ class RpcChain:
                 )
             await self._sleep(self._limits.receipt_poll_s)
 
-    async def _holds(self, tx_hash: Hash32) -> bool:
-        """Whether the node has these bytes already; when it cannot tell, assume that it has."""
+    async def _holds(self, tx_hash: Hash32) -> bool | None:
+        """Whether the node has these bytes already; ``None`` when it cannot tell."""
         try:
             if await self.receipt(tx_hash) is not None:
                 return True
             return await self._read("eth_getTransactionByHash", to_hex(tx_hash)) is not None
         except ChannelFault:
-            return True
+            return None
 
     # -------------------------------------------------------------------------------------------------------- requests
 
-    async def _block(self) -> tuple[Head, int]:
-        return wire.read_head(await self._read("eth_getBlockByNumber", "latest", False))
+    async def _block(self, tag: str) -> tuple[Head, int]:
+        return wire.read_head(await self._read("eth_getBlockByNumber", tag, False))
+
+    async def _priority(self) -> int:
+        return wire.read_quantity(await self._read("eth_maxPriorityFeePerGas"), "eth_maxPriorityFeePerGas")
 
     async def _eth_call(self, to: Address, data: bytes, block: str) -> bytes:
         request = {"to": to_hex(to), "data": to_hex(data)}
@@ -272,13 +366,16 @@ class RpcChain:
         return wire.read_data(reply, "eth_call")
 
     async def _read(self, method: str, *params: Any, attempts: int | None = None) -> Any:
+        return await self._repeat(method, lambda: self._rpc.call(method, *params), attempts=attempts)
+
+    async def _repeat(self, method: str, ask: Callable[[], Awaitable[T]], *, attempts: int | None = None) -> T:
         """Repeat a harmless call. An error reply counts as a failure too: a lagging replica gives one."""
         last: Exception | None = None
         for attempt in range(attempts or self._limits.read_attempts):
             if attempt:
                 await self._sleep(self._limits.read_delay_s)
             try:
-                return await self._rpc.call(method, *params)
+                return await ask()
             except (TransportFailed, RpcError) as error:
                 last = error
         raise ChannelFault(Reason.CHAIN_UNAVAILABLE, field=method, detail="got no answer from the chain node") from last

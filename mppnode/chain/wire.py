@@ -9,7 +9,7 @@ import re
 from typing import Any, Final
 
 from channels.abi import Log
-from channels.chain import Head, Receipt
+from channels.chain import Head, Receipt, Topic
 from channels.faults import ChannelFault, Reason
 from channels.ids import Address, Hash32, to_hex
 from channels.instants import UnixSeconds
@@ -93,6 +93,7 @@ def read_receipt(value: object, *, expected: Hash32) -> Receipt:
         block=read_quantity(entry.get("blockNumber"), "receipt.blockNumber"),
         sender=Address(read_data(entry.get("from"), "receipt.from", length=_ADDRESS)),
         logs=logs,
+        block_hash=Hash32(read_data(entry.get("blockHash"), "receipt.blockHash", length=_WORD)),
     )
 
 
@@ -104,6 +105,13 @@ def read_head(value: object) -> tuple[Head, int]:
         timestamp=UnixSeconds(read_quantity(entry.get("timestamp"), "block.timestamp")),
     )
     return head, read_quantity(entry.get("baseFeePerGas"), "block.baseFeePerGas")
+
+
+def topic(wanted: Topic) -> str | list[str] | None:
+    """One position of a log filter. Bytes are one value, any other sequence is a choice."""
+    if wanted is None or isinstance(wanted, bytes):
+        return None if wanted is None else to_hex(wanted)
+    return [to_hex(value) for value in wanted]
 
 
 def call_object(call: Call) -> dict[str, str]:

@@ -299,8 +299,8 @@ async def test_counted_nonces_work_too(world):
 
 async def test_a_sponsor_pays_the_fee():
     """T-21: a sponsored open is mined with the payer as sender and the fee taken from the sponsor."""
-    world = World(fee_units=Units(7))
-    world.dev.fund(SPONSOR, Units(100))
+    world = World(fees=True)
+    world.dev.fund(SPONSOR, Units(4_000))
     call = v2.OpenCall(PAYEE, ZERO_ADDRESS, PATH_USD, Units(10_000), SALT, PAYER)
     tx = await world.prepared(PAYER, Call(RESERVE_ADDRESS, v2.encode_open(call)), sponsored=True)
     signed = decode(tx.sign(PAYER_KEY).raw)
@@ -310,17 +310,21 @@ async def test_a_sponsor_pays_the_fee():
     (opened,) = v2.decode_events(V2, receipt.logs)
     assert opened.descriptor.expiring_nonce_hash == signed.expiring_nonce_hash
     assert (receipt.sender, world.dev.balance(PAYER)) == (PAYER, RICH - 10_000)
-    assert (world.dev.balance(SPONSOR), world.dev.balance(FEE_MANAGER)) == (93, 7)
+    fee = await world.chain.fee_units(160_000)
+    assert fee == 3_360 == receipt.fee_paid(SPONSOR, PATH_USD)
+    assert receipt.fee_paid(PAYER, PATH_USD) == 0
+    assert (world.dev.balance(SPONSOR), world.dev.balance(FEE_MANAGER)) == (4_000 - fee, fee)
 
 
 async def test_fees_are_taken_even_from_a_reverted_transaction():
-    """With a flat fee the sender pays it whether or not the calls succeed, and nobody can pay it from nothing."""
-    world = World(fee_units=Units(7))
+    """With fees the sender pays whether or not the calls succeed, and nobody can pay from nothing."""
+    world = World(fees=True)
     template = await world.prepared(PAYER, Call(Address(b"\x09" * 20), b""))
     bad = Call(PATH_USD, tip20.encode_transfer(tip20.TransferCall(PAYEE, RICH)))
     receipt = await world.chain.broadcast(dataclasses.replace(template, calls=(bad,)).sign(PAYER_KEY).raw)
     assert not receipt.succeeded
-    assert world.dev.balance(PAYER) == RICH - 7
+    assert receipt.fee_paid(PAYER, PATH_USD) == 3_360
+    assert world.dev.balance(PAYER) == RICH - 3_360
     with pytest.raises(ChannelFault):
         await world.send(SPONSOR_KEY, Call(PAYEE, b""))
 
