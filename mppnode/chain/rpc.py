@@ -56,6 +56,8 @@ class RpcLimits:
     send_attempts: int = 3
     receipt_wait_s: float = 30.0  # VALIDITY_S and a few blocks
     receipt_poll_s: float = 0.25
+    priority_fee_max: int = 50_000_000_000
+    """Attodollars per gas. The tip is all a node could make us overpay: the base fee is the chain's own."""
 
 
 class RpcError(Exception):
@@ -128,7 +130,7 @@ def _unusable(why: str) -> TransportFailed:
 
 
 class RpcChain:
-    """The :class:`channels.chain.Chain` of one node address."""
+    """The :class:`channels.chain.Chain` of one node address; with ``chain_id`` it prepares for that chain only."""
 
     def __init__(
         self,
@@ -136,9 +138,11 @@ class RpcChain:
         clock: Clock,
         *,
         limits: RpcLimits,
+        chain_id: int | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._rpc = JsonRpc(transport)
+        self._chain_id = chain_id
         self._clock = clock
         self._limits = limits
         self._sleep = sleep
@@ -265,6 +269,8 @@ class RpcChain:
     ) -> TempoTx:
         assert len(entropy) == ENTROPY_BYTES
         chain_id = await self.chain_id()
+        if self._chain_id not in (None, chain_id):
+            raise ChannelFault(Reason.CHAIN_UNAVAILABLE, field="eth_chainId", detail="is another chain's")
         _, base_fee = await self._block("latest")
         priority = await self._priority()
         now = self._clock.now()
@@ -358,7 +364,8 @@ class RpcChain:
         return wire.read_head(await self._read("eth_getBlockByNumber", tag, False))
 
     async def _priority(self) -> int:
-        return wire.read_quantity(await self._read("eth_maxPriorityFeePerGas"), "eth_maxPriorityFeePerGas")
+        asked = wire.read_quantity(await self._read("eth_maxPriorityFeePerGas"), "eth_maxPriorityFeePerGas")
+        return min(asked, self._limits.priority_fee_max)
 
     async def _eth_call(self, to: Address, data: bytes, block: str) -> bytes:
         request = {"to": to_hex(to), "data": to_hex(data)}
