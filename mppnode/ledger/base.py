@@ -37,6 +37,10 @@ class Which(StrEnum):
     """With at least one hold."""
 
 
+class LedgerError(Exception):
+    """The ledger cannot be opened; the message is for people and holds no password."""
+
+
 class IntentExists(Exception):
     """The channel has an active intent already: a second transaction could only revert."""
 

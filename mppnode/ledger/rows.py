@@ -7,13 +7,14 @@ numeric order, so CHECK constraints and an operator's eye both work on it.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
 from channels.descriptor import ChainSnapshot, Descriptor, Escrow, SessionProtocol
 from channels.ids import Address, ChannelId, Hash32
 from channels.instants import UnixSeconds
+from channels.intent import Intent, IntentKind, IntentState
 from channels.model import (
     Account,
     CaptureFixed,
@@ -117,7 +118,8 @@ def _terms(account: Account) -> Json:
     return [e.protocol.value, e.chain_id, e.address.hex(), *(part.hex() for part in parts)]
 
 
-def _read_terms(row: Json) -> tuple[Escrow, Descriptor]:
+def read_terms(row: Json) -> tuple[Escrow, Descriptor]:
+    """The inverse of :func:`terms_column`, of decoded JSON."""
     protocol, chain_id, escrow, *parts = row
     payer, payee, operator, token, salt, signer, nonce_hash = (bytes.fromhex(part) for part in parts)
     return (
@@ -168,7 +170,12 @@ def account_columns(account: Account, before: Account | None) -> dict[str, str |
     ``replace`` keeps the identity of untouched fields, so "did it change" is a pointer comparison, and a renewal of a
     hold does not rewrite ten kilobytes of ladder.
     """
-    columns: dict[str, str | int] = {"version": account.version, "phase": account.phase.value}
+    columns: dict[str, str | int] = {"version": account.version}
+    # Only on a change: an index stands on phase and on live, and naming a column in an update touches its indexes.
+    if before is None or account.phase is not before.phase:
+        columns["phase"] = account.phase.value
+    if before is None or bool(account.holds) != bool(before.holds):
+        columns["live"] = int(bool(account.holds))
     if before is None or account.chain is not before.chain:
         columns |= {
             "deposit": padded(account.chain.deposit),
@@ -183,7 +190,6 @@ def account_columns(account: Account, before: Account | None) -> dict[str, str |
             "owed_pico": padded(account.owed_pico),
             "held_pico": padded(account.held_pico),
             "holds": dumps(_holds(account.holds)),
-            "live": int(bool(account.holds)),
         }
     if before is None or account.tickets is not before.tickets:
         columns["tickets"] = dumps(dict(account.tickets))
@@ -198,7 +204,7 @@ def account_columns(account: Account, before: Account | None) -> dict[str, str |
 
 def read_account(channel: bytes, terms: str, columns: Mapping[str, Any]) -> Account:
     """Rebuild an account from its row; the inverse of :func:`terms_column` and :func:`account_columns`."""
-    escrow, descriptor = _read_terms(json.loads(terms))
+    escrow, descriptor = read_terms(json.loads(terms))
     tickets = {name: UnixSeconds(at) for name, at in json.loads(columns["tickets"]).items()}
     top_ups = json.loads(columns["top_ups"])
     return Account(
@@ -222,18 +228,59 @@ def read_account(channel: bytes, terms: str, columns: Mapping[str, Any]) -> Acco
 # ----------------------------------------------------------------------------------------------------------- events
 
 
-def write_event(event: Event) -> tuple[str, str]:
-    """An event as (kind, body) for the journal."""
-    return type(event).__name__, dumps(_event_body(event))
+def write_journal(events: Iterable[Event], before: Account | None) -> list[tuple[str, str]]:
+    """Events as (kind, body), to be appended to the journal of ``before``."""
+    rows = []
+    ladder: tuple[Voucher, ...] = () if before is None else before.ladder
+    for event in events:
+        rows.append((type(event).__name__, dumps(_event_body(event, ladder))))
+        ladder = _ladder_after(event, ladder)
+    return rows
 
 
-def _event_body(event: Event) -> Json:
+def read_journal(rows: Iterable[tuple[str, str]]) -> list[Event]:
+    """The whole journal of one channel, from its first entry; an unknown kind is a newer journal than this code."""
+    events: list[Event] = []
+    ladder: tuple[Voucher, ...] = ()
+    for kind, body in rows:
+        row = json.loads(body)
+        event: Event = _read_accepted(row, ladder) if kind == "VoucherAccepted" else _READERS[kind](row)
+        events.append(event)
+        ladder = _ladder_after(event, ladder)
+    return events
+
+
+def _ladder_after(event: Event, ladder: tuple[Voucher, ...]) -> tuple[Voucher, ...]:
+    if isinstance(event, Opened):
+        return event.account.ladder
+    return event.ladder if isinstance(event, (VoucherAccepted, Restored)) else ladder
+
+
+def _ladder_change(before: tuple[Voucher, ...], after: tuple[Voucher, ...]) -> Json:
+    # The whole ladder in every entry would be ten kilobytes a voucher; an entry is what is new and what went. By
+    # identity: rungs that stay are the same objects, and an equal one that is not is merely written as gone and new.
+    old, kept = {id(rung) for rung in before}, {id(rung) for rung in after}
+    return {
+        "new": _ladder(tuple(rung for rung in after if id(rung) not in old)),
+        "gone": [str(rung.cumulative) for rung in before if id(rung) not in kept],
+    }
+
+
+def _read_accepted(row: Json, before: tuple[Voucher, ...]) -> VoucherAccepted:
+    if isinstance(row, list):  # schema 1 wrote the whole ladder
+        return VoucherAccepted(_read_ladder(row))
+    gone = {int(amount) for amount in row["gone"]}
+    rungs = (*(rung for rung in before if rung.cumulative not in gone), *_read_ladder(row["new"]))
+    return VoucherAccepted(tuple(sorted(rungs, key=lambda rung: rung.cumulative)))
+
+
+def _event_body(event: Event, ladder: tuple[Voucher, ...]) -> Json:
     match event:
         case Opened():
             a = event.account
             return [a.id.hex(), _terms(a), _chain(a.chain), _ladder(a.ladder), str(a.owed_pico), str(a.spent)]
         case VoucherAccepted():
-            return _ladder(event.ladder)
+            return _ladder_change(ladder, event.ladder)
         case ToppedUp():
             return [event.credential.hex(), event.tx_hash.hex()]
         case ChainObserved():
@@ -260,15 +307,9 @@ def _event_body(event: Event) -> Json:
             return [_chain(event.chain), ladder, str(event.owed_pico), event.phase.value, close]
 
 
-def read_event(kind: str, body: str) -> Event:
-    """The inverse of :func:`write_event`; an unknown kind is a newer journal than this code."""
-    event: Event = _READERS[kind](json.loads(body))
-    return event
-
-
 def _read_opened(row: Json) -> Event:
     channel, terms, chain, ladder, owed, spent = row
-    escrow, descriptor = _read_terms(terms)
+    escrow, descriptor = read_terms(terms)
     return Opened(
         Account(
             id=ChannelId(bytes.fromhex(channel)),
@@ -300,7 +341,6 @@ def _read_begun(row: Json) -> Event:
 _READERS: Final[Mapping[str, Any]] = MappingProxyType(
     {
         "Opened": _read_opened,
-        "VoucherAccepted": lambda row: VoucherAccepted(_read_ladder(row)),
         "ToppedUp": lambda row: ToppedUp(Hash32(bytes.fromhex(row[0])), Hash32(bytes.fromhex(row[1]))),
         "ChainObserved": lambda row: ChainObserved(_read_chain(row[0]), Phase(row[1])),
         "Held": _read_held,
@@ -316,3 +356,68 @@ _READERS: Final[Mapping[str, Any]] = MappingProxyType(
         ),
     }
 )
+
+
+# ---------------------------------------------------------------------------------------------------------- intents
+
+INTENT_COLUMNS: Final[tuple[str, ...]] = (
+    "id",
+    "channel",
+    "kind",
+    "amount",
+    "owner",
+    "state",
+    "version",
+    "created_at",
+    "updated_at",
+    "attempt",
+    "deadline",
+    "raw",
+    "tx_hash",
+    "valid_before",
+    "block",
+)
+"""Columns of ``intent``, in the order of :func:`intent_row`."""
+
+
+def intent_row(intent: Intent) -> tuple[str | int | bytes | None, ...]:
+    """An intent as column values. What the chain said is text: its numbers need not fit 64 bits."""
+    return (
+        intent.id,
+        intent.channel,
+        intent.kind.value,
+        padded(intent.amount),
+        intent.owner,
+        intent.state.value,
+        intent.version,
+        intent.created_at,
+        intent.updated_at,
+        intent.attempt,
+        None if intent.deadline is None else str(intent.deadline),
+        intent.raw,
+        intent.tx_hash,
+        intent.valid_before,
+        None if intent.block is None else str(intent.block),
+    )
+
+
+def read_intent(row: Sequence[Any]) -> Intent:
+    """The inverse of :func:`intent_row`."""
+    name, channel, kind, amount, owner, state, version, created, updated, attempt, deadline, raw, tx, valid, block = row
+    return Intent(
+        name,
+        ChannelId(channel),
+        IntentKind(kind),
+        units(int(amount)),
+        NodeId(owner),
+        IntentState(state),
+        version,
+        UnixSeconds(created),
+        UnixSeconds(updated),
+        attempt,
+        deadline=None if deadline is None else UnixSeconds(int(deadline)),
+        raw=raw,
+        tx_hash=None if tx is None else Hash32(tx),
+        valid_before=None if valid is None else UnixSeconds(valid),
+        block=None if block is None else int(block),
+    )

@@ -1,94 +1,113 @@
 """The embedded store: SQLite in WAL mode, one writer thread, group commit.
 
-One thread owns the one connection. It takes everything that is waiting, runs the steps, commits once with
-``synchronous=FULL`` and wakes the event loop once. A commit per step would cost an fsync per voucher; a lock per
-channel would cost two threads. Accounts are cached by that thread alone, so a renewal reads nothing from disk.
+One thread owns the connection that writes. It takes everything that is waiting, decides the steps, commits once and
+wakes the event loop once. A commit per step would cost an fsync per voucher; a lock per channel would cost two threads.
+Accounts are cached by that thread alone, so a renewal reads nothing from disk. A batch with a firm step in it is
+committed with ``synchronous=FULL``, one of relaxed steps alone with ``NORMAL``; both go into the same log, so the next
+FULL commit makes the earlier NORMAL ones last too.
+
+Lists are read on a second connection and thread: decoding a page must not keep commits waiting.
+
+``shared`` opens the file beside other processes of this machine. Then a cached account counts only if the row still has
+its version, which is looked up inside the transaction, and a watch tells subscribers what the others committed.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
-import os
 import queue
+import secrets
 import sqlite3
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from importlib import resources
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from channels.account import check
-from channels.faults import ChannelFault, Reason
-from channels.ids import ChannelId
-from channels.model import Account, Event, Plan
+from channels.faults import ChannelFault
+from channels.ids import ChannelId, Hash32
+from channels.intent import Intent
+from channels.model import Account, Event, NodeId, Plan
 from channels.store import Step
+from channels.units import Units
 from mppnode.kernel.clock import Clock
-from mppnode.ledger.rows import COLUMNS, account_columns, read_account, read_event, terms_column, write_event
+from mppnode.kernel.tasks import TaskOwner
+from mppnode.ledger import sqlite_desk as desk
+from mppnode.ledger.base import PAGE, Budget, Grant, Which
+from mppnode.ledger.batch import Batch, Change, Op, refuse, unavailable
+from mppnode.ledger.rows import COLUMNS, account_columns, read_account, read_journal, terms_column, write_journal
+from mppnode.ledger.sqlite_file import InstanceLock, InstanceLocked, open_reader, open_writer
+from mppnode.ledger.subscribers import Subscribers
+
+__all__ = ["InstanceLock", "InstanceLocked", "SqliteStore"]
 
 R = TypeVar("R")
+Job = Callable[[sqlite3.Connection], R]
 
-_SCHEMA_VERSION: Final = 2
 _BATCH_MAX: Final = 512  # rows per commit: 2 ms at the measured 548k updates/s leaves nobody waiting long
 _CACHE_MAX: Final = 20_000  # about 2 KiB an account: 40 MiB
-_BUSY_S: Final = 2.0  # a backup may hold the file this long; the instance lock keeps other nodes away
-
-
-class InstanceLocked(Exception):
-    """Another node already uses this database file."""
+_WATCH_S: Final = 0.05  # between two looks for other processes' commits
+_ASKED_MAX: Final = 500  # parameters of one statement
+_WANTED: Final = {
+    Which.ALL: "1",
+    Which.NOT_CLOSED: "phase <> 'closed'",  # spelled as in the partial indexes, or they are not used
+    Which.HELD: "live = 1",
+}
 
 
 @dataclass(slots=True)
-class _Op:
-    """One queued step or read, and where its answer goes."""
+class _JobOp:
+    """Statements of their own in the writer's transaction."""
 
-    channel: ChannelId | None
-    step: Callable[..., Any]
+    job: Job[Any]
     future: asyncio.Future[Any]
-
-
-@dataclass(slots=True)
-class _Answer:
-    op: _Op
-    value: Any = None
-    error: BaseException | None = None
+    relaxed: bool
 
 
 class SqliteStore:
-    """A :class:`channels.store.ChannelStore` in one file, for one node."""
+    """A :class:`mppnode.ledger.base.Ledger` in one file: of one node, or of the workers of one machine."""
 
-    def __init__(self, path: Path, *, clock: Clock, on_fatal: Callable[[BaseException], None]) -> None:
+    def __init__(
+        self, path: Path, *, clock: Clock, on_fatal: Callable[[BaseException], None], shared: bool = False
+    ) -> None:
         self._path = path
         self._clock = clock
         self._on_fatal = on_fatal
-        self._queue: queue.SimpleQueue[_Op | None] = queue.SimpleQueue()
-        self._cache: OrderedDict[ChannelId, Account | None] = OrderedDict()
-        self._listeners: list[Callable[[Account], None]] = []
+        self._shared = shared
+        self._lock = InstanceLock(path)
+        self._subscribers = Subscribers()
+        self._owner = TaskOwner(self._watch_failed)
+        self._watching: asyncio.Task[None] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._lock_file: int | None = None
+        self._queue: queue.SimpleQueue[Op | _JobOp | None] = queue.SimpleQueue()
         self._broken = False
+        # The writer thread's own:
+        self._cache: OrderedDict[ChannelId, Account] = OrderedDict()
+        self._soft: dict[ChannelId, Account] = {}
+        self._firm = True
+        # The reader thread's own:
+        self._reader = ThreadPoolExecutor(1, "ledger-reader")
+        self._reading: sqlite3.Connection | None = None
 
     # ------------------------------------------------------------------------------------------------ life cycle
 
     async def start(self) -> None:
-        """Take the instance lock, open the file, migrate it.
+        """Take the instance lock unless the file is shared, open the file, migrate it.
 
         Raises:
             InstanceLocked: another node holds the file.
+            LedgerError: the schema is newer than this program.
             sqlite3.Error: the file cannot be opened or is not ours.
         """
         self._loop = asyncio.get_running_loop()
-        self._lock_file = os.open(f"{self._path}.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock_file)
-            self._lock_file = None
-            raise InstanceLocked(f"{self._path} is in use by another node") from None
+        if not self._shared:
+            self._lock.acquire()
         ready: asyncio.Future[None] = self._loop.create_future()
         self._thread = threading.Thread(target=self._run, args=(ready,), name="ledger-writer", daemon=True)
         self._thread.start()
@@ -97,53 +116,135 @@ class SqliteStore:
         except BaseException:
             await self.stop()
             raise
+        if self._shared:
+            self._watching = self._owner.start(self._watch(), name="ledger-watch")
 
     async def stop(self) -> None:
         """Commit what is queued, close the file, give the lock back."""
         # Gone at once: what is asked from here on would queue behind the end and wait for ever.
         thread, self._thread = self._thread, None
+        if self._watching is not None:
+            self._watching.cancel()
+            await self._owner.drain(deadline_s=0)
         if thread is not None:
             self._queue.put(None)
-            await asyncio.get_running_loop().run_in_executor(None, thread.join)
-        if self._lock_file is not None:
-            os.close(self._lock_file)
-            self._lock_file = None
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(None, thread.join)
+            await loop.run_in_executor(self._reader, self._close_reader)
+            self._reader.shutdown()
+        self._lock.release()
 
-    # -------------------------------------------------------------------------------------------------- contract
+    # -------------------------------------------------------------------------------------------------- accounts
 
     def subscribe(self, listener: Callable[[Account], None]) -> None:
-        """See :meth:`ChannelStore.subscribe`."""
-        self._listeners.append(listener)
+        """See :meth:`ChannelStore.subscribe`. A relaxed commit is told once it is firm."""
+        self._subscribers.subscribe(listener)
+
+    def follow(self, interest: Callable[[], Collection[ChannelId]]) -> None:
+        """See :meth:`Ledger.follow`; only a shared file has other processes."""
+        self._subscribers.follow(interest)
 
     async def load(self, channel: ChannelId) -> Account | None:
         """See :meth:`ChannelStore.load`."""
-        return await self._ask(_read_only, channel)  # type: ignore[no-any-return]
+        return await self._ask(lambda future: Op(channel, None, future))  # type: ignore[no-any-return]
 
-    async def transact(self, channel: ChannelId, step: Step[R], *, relaxed: bool = False) -> Plan[R]:  # noqa: ARG002
-        """See :meth:`ChannelStore.transact`; a relaxed commit is as durable as any other here."""
-        return await self._ask(step, channel)  # type: ignore[no-any-return]
+    async def transact(self, channel: ChannelId, step: Step[R], *, relaxed: bool = False) -> Plan[R]:
+        """See :meth:`ChannelStore.transact`."""
+        return await self._ask(lambda future: Op(channel, step, future, relaxed))  # type: ignore[no-any-return]
+
+    async def page(self, which: Which, *, after: ChannelId | None = None, limit: int = PAGE) -> Sequence[Account]:
+        """See :meth:`Ledger.page`."""
+        condition = f"{_WANTED[which]} AND id > ? ORDER BY id LIMIT ?"
+        return await self._firm_accounts(lambda db: _accounts(db, condition, (after or b"", limit)))
 
     async def accounts(self) -> Sequence[Account]:
         """See :meth:`ChannelStore.accounts`."""
-        return await self._ask(_all_accounts)  # type: ignore[no-any-return]
+        found: list[Account] = []
+        while page := await self.page(Which.ALL, after=found[-1].id if found else None):
+            found.extend(page)
+        return found
 
     async def journal(self, channel: ChannelId) -> Sequence[Event]:
         """See :meth:`ChannelStore.journal`."""
+        select = "SELECT kind, body FROM journal WHERE channel = ? ORDER BY entry"
+        return await self._read(lambda db: read_journal(db.execute(select, (channel,))))
 
-        def read(connection: sqlite3.Connection) -> list[Event]:
-            rows = connection.execute("SELECT kind, body FROM journal WHERE channel = ? ORDER BY entry", (channel,))
-            return [read_event(kind, body) for kind, body in rows]
+    # -------------------------------------------------------------------------------------------- lives and leads
 
-        return await self._ask(read)  # type: ignore[no-any-return]
+    async def join(self, name: str) -> NodeId:
+        """See :meth:`Ledger.join`."""
+        node = NodeId(f"{name}-{secrets.token_hex(6)}")
+        return await self._do(lambda db: desk.join(db, name, node, self._clock.now_millis()))
 
-    async def _ask(self, step: Callable[..., Any], channel: ChannelId | None = None) -> Any:
+    async def beat(self, node: NodeId) -> bool:
+        """See :meth:`Ledger.beat`. Relaxed, as after a power cut every life is over."""
+        return await self._do(lambda db: desk.beat(db, node, self._clock.now_millis()), relaxed=True)
+
+    async def leave(self, node: NodeId) -> None:
+        """See :meth:`Ledger.leave`."""
+        await self._do(lambda db: desk.leave(db, node))
+
+    async def living(self) -> frozenset[NodeId]:
+        """See :meth:`Ledger.living`."""
+        return await self._do(lambda db: desk.living(db, self._clock.now_millis()))
+
+    async def lead(self, job: str, node: NodeId) -> bool:
+        """See :meth:`Ledger.lead`."""
+        return await self._do(lambda db: desk.lead(db, job, node, self._clock.now_millis()), relaxed=True)
+
+    # ------------------------------------------------------------------------------------ intents and sponsoring
+
+    async def add_intent(self, intent: Intent) -> None:
+        """See :meth:`Ledger.add_intent`."""
+        await self._do(lambda db: desk.add_intent(db, intent))
+
+    async def move_intent(self, before: Intent, after: Intent) -> bool:
+        """See :meth:`Ledger.move_intent`."""
+        return await self._do(lambda db: desk.move_intent(db, before, after))
+
+    async def intents(
+        self, *, active: bool, channel: ChannelId | None = None, limit: int = PAGE
+    ) -> Sequence[Intent]:
+        """See :meth:`Ledger.intents`."""
+        return await self._read(lambda db: desk.intents(db, active=active, channel=channel, limit=limit))
+
+    async def grant(self, grant: Grant, budget: Budget) -> bool:
+        """See :meth:`Ledger.grant`."""
+        return await self._do(lambda db: desk.grant(db, grant, budget, self._clock.now_millis()))
+
+    async def settle_grant(self, tx_hash: Hash32, fee: Units) -> None:
+        """See :meth:`Ledger.settle_grant`."""
+        await self._do(lambda db: desk.settle_grant(db, tx_hash, fee))
+
+    async def open_grants(self, *, limit: int = PAGE) -> Sequence[Grant]:
+        """See :meth:`Ledger.open_grants`."""
+        return await self._read(lambda db: desk.open_grants(db, limit))
+
+    # ---------------------------------------------------------------------------------------------- the two ways
+
+    async def _do(self, job: Job[R], *, relaxed: bool = False) -> R:
+        return await self._ask(lambda future: _JobOp(job, future, relaxed))  # type: ignore[no-any-return]
+
+    async def _ask(self, op: Callable[[asyncio.Future[Any]], Op | _JobOp]) -> Any:
         if self._broken or self._thread is None:
-            raise ChannelFault(Reason.STORE_UNAVAILABLE, detail="the ledger is not available")
+            raise unavailable()
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self._queue.put(_Op(channel, step, future))
+        self._queue.put(op(future))
         return await future
 
+    async def _read(self, job: Job[R]) -> R:
+        if self._broken or self._thread is None:
+            raise unavailable()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._reader, self._on_reader, job)
+        except sqlite3.Error as error:
+            self._failed(error)
+            raise unavailable() from error
+
     # --------------------------------------------------------------------------------------------- writer thread
+
+    def _connect(self) -> sqlite3.Connection:
+        return open_writer(self._path)
 
     def _run(self, ready: asyncio.Future[None]) -> None:
         assert self._loop is not None
@@ -155,91 +256,82 @@ class SqliteStore:
         self._loop.call_soon_threadsafe(ready.set_result, None)
         stopping = False
         while not stopping:
-            batch, stopping = self._take()
-            if batch:
-                answers, committed = self._commit(connection, batch)
-                self._loop.call_soon_threadsafe(self._deliver, answers, committed)
+            ops, stopping = self._take()
+            if ops:
+                self._commit(connection, ops)
         connection.close()
 
-    def _connect(self) -> sqlite3.Connection:
-        connection = sqlite3.connect(self._path, isolation_level=None, timeout=_BUSY_S)
-        try:
-            self._prepare(connection)
-        except BaseException:
-            connection.close()
-            raise
-        return connection
-
-    def _prepare(self, connection: sqlite3.Connection) -> None:
-        # Never rely on the build's defaults: FULL is what makes "accepted" survive a power cut.
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA fullfsync = ON")
-        found = connection.execute("PRAGMA user_version").fetchone()[0]
-        if found > _SCHEMA_VERSION:
-            raise sqlite3.DatabaseError(f"database schema {found} is newer than this program ({_SCHEMA_VERSION})")
-        for version in range(found + 1, _SCHEMA_VERSION + 1):
-            script = resources.files("mppnode.ledger").joinpath(f"sql/sqlite_{version:03}.sql").read_text()
-            connection.executescript(f"BEGIN IMMEDIATE;\n{script}\nPRAGMA user_version = {version};\nCOMMIT;")
-
-    def _take(self) -> tuple[list[_Op], bool]:
+    def _take(self) -> tuple[list[Op | _JobOp], bool]:
         """Wait for work, then take all that is there: the batch is whatever arrived during the last fsync."""
         first = self._queue.get()
         if first is None:
             return [], True
-        batch = [first]
-        while len(batch) < _BATCH_MAX:
+        ops = [first]
+        while len(ops) < _BATCH_MAX:
             try:
                 op = self._queue.get_nowait()
             except queue.Empty:
-                return batch, False
+                return ops, False
             if op is None:
-                return batch, True
-            batch.append(op)
-        return batch, False
+                return ops, True
+            ops.append(op)
+        return ops, False
 
-    def _commit(self, connection: sqlite3.Connection, batch: list[_Op]) -> tuple[list[_Answer], list[Account]]:
-        staged: dict[ChannelId, Account] = {}
-        committed: list[Account] = []
-        answers: list[_Answer] = []
-        if self._broken:  # what was queued before the failure: a disk may work again, its promises do not
-            return self._unavailable(batch), []
+    def _commit(self, connection: sqlite3.Connection, ops: list[Op | _JobOp]) -> None:
+        assert self._loop is not None
+        batch = Batch(firm=any(not op.relaxed for op in ops), soft=self._soft)
         try:
+            if self._broken:  # what was queued before the failure: a disk may work again, its promises do not
+                raise unavailable()
+            self._set_durability(connection, firm=batch.firm)
             connection.execute("BEGIN IMMEDIATE")
-            answers.extend(self._perform(connection, op, staged, committed) for op in batch)
+            before = connection.total_changes
+            for op in ops:
+                self._decide(connection, batch, op)
+            self._write(connection, batch)
+            wrote = connection.total_changes != before
             connection.execute("COMMIT")
         except Exception as error:  # noqa: BLE001 - also a row that changed under us: the thread must go on answering
-            return self._failed(connection, batch, error), []
-        for channel, account in staged.items():
-            self._remember(channel, account)
-        return answers, committed
+            self._cache.clear()  # nothing of the batch is certain
+            with contextlib.suppress(sqlite3.Error):  # the transaction may already be gone; the first error matters
+                connection.execute("ROLLBACK")
+            self._failed(error)
+            self._loop.call_soon_threadsafe(refuse, [op.future for op in ops])
+            return
+        self._loop.call_soon_threadsafe(self._deliver, batch, self._committed(batch, wrote=wrote))
 
-    def _perform(
-        self, connection: sqlite3.Connection, op: _Op, staged: dict[ChannelId, Account], committed: list[Account]
-    ) -> _Answer:
-        """Run one step inside the open transaction. A refusal or a broken law concerns this step alone."""
+    def _set_durability(self, connection: sqlite3.Connection, *, firm: bool) -> None:
+        if firm != self._firm:  # it cannot be changed inside a transaction
+            connection.execute(f"PRAGMA synchronous = {'FULL' if firm else 'NORMAL'}")
+            self._firm = firm
+
+    def _decide(self, connection: sqlite3.Connection, batch: Batch, op: Op | _JobOp) -> None:
+        """Run one step or job inside the open transaction. A refusal or a broken law concerns its asker alone."""
         try:
-            if op.channel is None:
-                return _Answer(op, value=op.step(connection))
-            before = staged.get(op.channel) or self._account(connection, op.channel)
-            if op.step is _read_only:
-                return _Answer(op, value=before)
-            plan: Plan[Any] = op.step(before)
-            if plan.events:
-                check(plan.account)
+            if isinstance(op, _JobOp):
+                batch.answer(op.future, op.job(connection))
+            else:
+                staged = op.channel in batch.changes
+                batch.decide(op, None if staged else self._account(connection, op.channel))
         except sqlite3.Error:
             raise
-        except Exception as error:  # noqa: BLE001 - a refusal, a broken law or a bug: its asker's, not the thread's
-            return _Answer(op, error=error)
-        if plan.events:
-            self._write(connection, plan, before)
-            staged[op.channel] = plan.account
-            committed.append(plan.account)
-        return _Answer(op, value=plan)
+        except Exception as error:  # noqa: BLE001 - also a row that breaks the law: its asker's, not the thread's
+            batch.fail(op.future, error)
 
-    def _write(self, connection: sqlite3.Connection, plan: Plan[Any], before: Account | None) -> None:
-        account = plan.account
+    def _write(self, connection: sqlite3.Connection, batch: Batch) -> None:
+        for channel, change in batch.changes.items():
+            self._write_row(connection, change, soft=not batch.firm)
+            first = change.account.version - len(change.events) + 1
+            at, entries = self._clock.now_millis(), write_journal(change.events, change.before)
+            rows = [(channel, first + i, at, kind, body) for i, (kind, body) in enumerate(entries)]
+            connection.executemany("INSERT INTO journal (channel, entry, at_ms, kind, body) VALUES (?,?,?,?,?)", rows)
+        for channel in batch.harden:
+            connection.execute("UPDATE channel SET soft = 0 WHERE id = ?", (channel,))
+
+    def _write_row(self, connection: sqlite3.Connection, change: Change, *, soft: bool) -> None:
+        account, before = change.account, change.before
         columns = account_columns(account, before)
+        columns["soft"] = int(soft)
         if before is None:
             columns["terms"] = terms_column(account)
             marks = ",".join("?" * (len(columns) + 1))
@@ -249,78 +341,118 @@ class SqliteStore:
             statement = f"UPDATE channel SET {changes} WHERE id = ? AND version = {before.version:d}"  # noqa: S608
         changed = connection.execute(statement, (*columns.values(), account.id)).rowcount
         assert changed == 1, "the row is not the one that was read"
-        at = self._clock.now_millis()
-        first = account.version - len(plan.events) + 1
-        rows = [(account.id, first + i, at, *write_event(event)) for i, event in enumerate(plan.events)]
-        connection.executemany("INSERT INTO journal (channel, entry, at_ms, kind, body) VALUES (?,?,?,?,?)", rows)
 
     def _account(self, connection: sqlite3.Connection, channel: ChannelId) -> Account | None:
-        if channel in self._cache:
+        cached = self._cache.get(channel)
+        if cached is not None and self._shared:
+            # Versions are linear: a row with the version we know is the account we know.
+            row = connection.execute("SELECT version FROM channel WHERE id = ?", (channel,)).fetchone()
+            cached = cached if row == (cached.version,) else None
+        if cached is not None:
             self._cache.move_to_end(channel)
-            return self._cache[channel]
-        row = connection.execute(f"{_SELECT} WHERE id = ?", (channel,)).fetchone()
-        account = None if row is None else _account_of(row)
-        if account is not None:  # strangers' ids must not push real channels out
-            self._remember(channel, account)
-        return account
+            return cached
+        for account, soft in _accounts(connection, "id = ?", (channel,)):
+            self._soft.pop(channel, None)
+            if soft:
+                self._soft[channel] = account
+            self._remember(account)  # strangers' ids are not: they must not push real channels out
+            return account
+        return None
 
-    def _remember(self, channel: ChannelId, account: Account) -> None:
-        self._cache[channel] = account
-        self._cache.move_to_end(channel)
+    def _committed(self, batch: Batch, *, wrote: bool) -> list[Account]:
+        """Take over what is on disk now; returns what subscribers may be told."""
+        for change in batch.changes.values():
+            self._remember(change.account)
+        if not batch.firm:
+            self._soft |= {channel: change.account for channel, change in batch.changes.items()}
+            return []
+        if not wrote:  # then nothing was synced either
+            return []
+        # One log for all: whatever was soft up to here is on disk with this commit.
+        firm = [account for channel, account in self._soft.items() if channel not in batch.changes]
+        self._soft.clear()
+        return firm + batch.committed
+
+    def _remember(self, account: Account) -> None:
+        self._cache[account.id] = account
+        self._cache.move_to_end(account.id)
         while len(self._cache) > _CACHE_MAX:
             self._cache.popitem(last=False)
 
-    def _failed(self, connection: sqlite3.Connection, batch: list[_Op], error: Exception) -> list[_Answer]:
-        """Nothing of the batch is certain: refuse all of it, forget the cache, and let the node decide to stop."""
-        self._cache.clear()
-        with contextlib.suppress(sqlite3.Error):  # the transaction may already be gone; the first error matters
-            connection.execute("ROLLBACK")
+    def _failed(self, error: Exception) -> None:
+        """Let the node decide to stop. On whichever thread met the error, so that nothing is promised after it."""
         # A backup passes; anything else is the disk. Errors of the binding itself (a closed file) carry no code.
-        if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF != sqlite3.SQLITE_BUSY:
+        busy = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF == sqlite3.SQLITE_BUSY
+        if not busy and not self._broken:
             self._broken = True
             assert self._loop is not None
             self._loop.call_soon_threadsafe(self._on_fatal, error)
-        return self._unavailable(batch)
-
-    def _unavailable(self, batch: list[_Op]) -> list[_Answer]:
-        fault = ChannelFault(Reason.STORE_UNAVAILABLE, detail="the ledger could not be written")
-        return [_Answer(op, error=fault) for op in batch]
 
     # ------------------------------------------------------------------------------------------------ event loop
 
-    def _deliver(self, answers: list[_Answer], committed: list[Account]) -> None:
-        for account in committed:
-            for listener in self._listeners:
-                self._tell(listener, account)
-        for answer in answers:
-            if answer.op.future.done():  # the asker was cancelled; what was committed stays committed
+    def _deliver(self, batch: Batch, told: list[Account]) -> None:
+        if not batch.firm:
+            for change in batch.changes.values():
+                self._subscribers.passed(change.before, change.account)
+        self._subscribers.tell(told)
+        batch.deliver()
+
+    def _watch_failed(self, _name: str, error: BaseException) -> None:
+        self._on_fatal(error)
+
+    # -------------------------------------------------------------------------------------------------- reading
+
+    def _on_reader(self, job: Job[R]) -> R:
+        if self._reading is None:
+            self._reading = open_reader(self._path)
+        return job(self._reading)
+
+    def _close_reader(self) -> None:
+        if self._reading is not None:
+            self._reading.close()
+
+    async def _firm_accounts(self, read: Job[list[tuple[Account, bool]]]) -> list[Account]:
+        """Read accounts; one whose row is soft is asked of the writer, who makes it firm."""
+        rows = await self._read(read)
+        firm = await asyncio.gather(*(self.load(account.id) for account, soft in rows if soft))
+        loaded = {account.id: account for account in firm if account is not None}
+        return [loaded.get(account.id, account) for account, _ in rows]
+
+    async def _watch(self) -> None:
+        """Tell subscribers what other processes committed."""
+        seen, watched = -1, frozenset[ChannelId]()
+        while True:
+            await asyncio.sleep(_WATCH_S)
+            known = self._subscribers.followed()
+            if not known or self._broken:
                 continue
-            if answer.error is not None:
-                answer.op.future.set_exception(answer.error)
-            else:
-                answer.op.future.set_result(answer.value)
+            with contextlib.suppress(ChannelFault):  # busy: looked at again in a moment
+                version = await self._read(lambda db: int(db.execute("PRAGMA data_version").fetchone()[0]))
+                if version != seen or not known.keys() <= watched:
+                    self._subscribers.tell(await self._firm_accounts(partial(_newer, known)))
+                    seen, watched = version, frozenset(known)
 
 
-    def _tell(self, listener: Callable[[Account], None], account: Account) -> None:
-        try:
-            listener(account)
-        except Exception as error:  # noqa: BLE001 - one request's bug; the answers of the whole batch come after it
-            assert self._loop is not None
-            self._loop.call_exception_handler({"message": "a ledger listener failed", "exception": error})
+_SELECT: Final = f"SELECT soft, id, terms, {','.join(COLUMNS)} FROM channel WHERE"  # noqa: S608 - our own names
 
 
-_SELECT: Final = f"SELECT id, terms, {','.join(COLUMNS)} FROM channel"  # noqa: S608 - our own names
-
-
-def _read_only(account: Account | None) -> Account | None:
-    return account
+def _accounts(db: sqlite3.Connection, condition: str, values: Sequence[Any]) -> list[tuple[Account, bool]]:
+    """The accounts in these rows, and whether the row is soft."""
+    return [(_account_of(row), bool(row[0])) for row in db.execute(f"{_SELECT} {condition}", values)]
 
 
 def _account_of(row: Sequence[Any]) -> Account:
-    account = read_account(row[0], row[1], dict(zip(COLUMNS, row[2:], strict=True)))
+    account = read_account(row[1], row[2], dict(zip(COLUMNS, row[3:], strict=True)))
     check(account)
     return account
 
 
-def _all_accounts(connection: sqlite3.Connection) -> list[Account]:
-    return [_account_of(row) for row in connection.execute(f"{_SELECT} ORDER BY id")]
+def _newer(known: dict[ChannelId, int], db: sqlite3.Connection) -> list[tuple[Account, bool]]:
+    """The accounts of these channels that have another version than the known one."""
+    channels, found = list(known), list[ChannelId]()
+    for start in range(0, len(channels), _ASKED_MAX):
+        asked = channels[start : start + _ASKED_MAX]
+        marks = ",".join("?" * len(asked))
+        rows = db.execute(f"SELECT id, version FROM channel WHERE id IN ({marks})", asked)  # noqa: S608 - only marks
+        found += [channel for channel, version in rows if version > known[channel]]
+    return [row for channel in found for row in _accounts(db, "id = ?", (channel,))]

@@ -1,0 +1,111 @@
+"""Steps that arrived together and are committed together: what both stores do between reading rows and writing them.
+
+A *firm* batch is committed so that it survives a power cut; one that holds relaxed steps alone need not be. What a
+relaxed commit left in a row is *soft*: it may be acted on, but nobody may be shown it. So a firm step that is answered
+from a soft row makes the row firm first, even when the step itself changes nothing or is refused: refusals quote
+numbers too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from channels.account import check
+from channels.faults import ChannelFault, Reason
+from channels.ids import ChannelId
+from channels.model import Account, Event, Plan
+
+
+@dataclass(slots=True)
+class Op:
+    """One queued step, and where its answer goes. Without a step it is a load."""
+
+    channel: ChannelId
+    step: Callable[[Account | None], Plan[Any]] | None
+    future: asyncio.Future[Any]
+    relaxed: bool = False
+
+
+@dataclass(slots=True)
+class Change:
+    """What a batch does to one channel: one write of the row, however many steps it took."""
+
+    before: Account | None
+    account: Account
+    events: list[Event] = field(default_factory=list)
+
+
+class Batch:
+    """Decides the steps of one transaction in order; each sees what the one before it on its channel did."""
+
+    def __init__(self, *, firm: bool, soft: Container[ChannelId]) -> None:
+        self.firm = firm
+        self.changes: dict[ChannelId, Change] = {}
+        self.committed: list[Account] = []
+        """Every account the batch makes, in order; theirs to hear who subscribed, once they are firm."""
+        self._soft = soft
+        self._quoted: set[ChannelId] = set()
+        self._answers: list[tuple[asyncio.Future[Any], Any, BaseException | None]] = []
+
+    def decide(self, op: Op, found: Account | None) -> None:
+        """Run one step on ``found``, or on what an earlier step of this batch made of it."""
+        change = self.changes.get(op.channel)
+        before = found if change is None else change.account
+        if not op.relaxed and op.channel in self._soft:
+            self._quoted.add(op.channel)
+        if op.step is None:
+            self.answer(op.future, before)
+            return
+        try:
+            plan = op.step(before)
+            if plan.events:
+                check(plan.account)
+        except Exception as error:  # noqa: BLE001 - a refusal, a broken law or a bug: its asker's, not the store's
+            self.fail(op.future, error)
+            return
+        if plan.events:
+            if change is None:
+                change = self.changes[op.channel] = Change(before, plan.account)
+            change.account = plan.account
+            change.events.extend(plan.events)
+            self.committed.append(plan.account)
+        self.answer(op.future, plan)
+
+    @property
+    def harden(self) -> list[ChannelId]:
+        """Soft rows that answered a firm step and are not written anyway."""
+        return sorted(self._quoted - self.changes.keys())
+
+    def answer(self, future: asyncio.Future[Any], value: Any) -> None:
+        """Keep an answer until the batch is committed."""
+        self._answers.append((future, value, None))
+
+    def fail(self, future: asyncio.Future[Any], error: BaseException) -> None:
+        """Keep an error until the batch is committed: what it quotes must be true by then."""
+        self._answers.append((future, None, error))
+
+    def deliver(self) -> None:
+        """Hand out every answer; on the event loop. A cancelled asker loses its answer, not what was committed."""
+        for future, value, error in self._answers:
+            if future.done():
+                continue
+            if error is None:
+                future.set_result(value)
+            else:
+                future.set_exception(error)
+
+
+def unavailable() -> ChannelFault:
+    """The refusal of a store that cannot do its work."""
+    return ChannelFault(Reason.STORE_UNAVAILABLE, detail="the ledger is not available")
+
+
+def refuse(futures: Iterable[asyncio.Future[Any]]) -> None:
+    """Answer everybody that the ledger is not available."""
+    for future in futures:
+        if not future.done():
+            future.set_exception(unavailable())
+
