@@ -269,6 +269,14 @@ def _reserve(account: Account, command: Reserve, now: UnixSeconds, policy: Polic
         raise ChannelFault(Reason.CHANNEL_BUSY, detail="another stream runs on this channel")
     if len(after.holds) >= policy.holds_max:
         raise ChannelFault(Reason.CHANNEL_BUSY, detail="too many live requests on this channel", limit=policy.holds_max)
+    if after.spent - after.chain.settled >= policy.unsettled_units_max:
+        raise ChannelFault(
+            Reason.EXPOSURE_LIMIT,
+            detail="this channel owes too much that the chain has not paid out yet",
+            spent=after.spent,
+            settled=after.chain.settled,
+            limit=policy.unsettled_units_max,
+        )
     if after.headroom_pico < command.floor:
         raise insufficient(after, command.floor)
     granted = Pico(min(command.want, after.headroom_pico))
@@ -386,11 +394,14 @@ def _confirm_closed(account: Account, command: ConfirmClosed) -> Plan[Outcome]:
 
 def _restore(account: Account, command: Restore, policy: Policy) -> Plan[Outcome]:
     chain, owed = command.chain, max(account.owed_pico, command.chain.settled * PICO_PER_UNIT)
+    if chain.block < account.chain.block:
+        # An older look may show a lower deposit, and the vouchers above it would be dropped for good.
+        raise ChannelFault(Reason.CHAIN_UNAVAILABLE, detail="the chain's word is older than the books")
     if chain.deposit == 0:
         return _planned(account, *_seen(account, chain))
     rungs = {rung.cumulative: rung for rung in (*command.vouchers, *account.ladder) if rung.cumulative <= chain.deposit}
     ladder = _thin(tuple(rungs[amount] for amount in sorted(rungs)), owed // PICO_PER_UNIT, policy.ladder_max)
-    if not ladder or ladder[-1].cumulative * PICO_PER_UNIT < owed:
+    if not ladder or ladder[-1].cumulative * PICO_PER_UNIT < max(owed, account.spent * PICO_PER_UNIT):
         raise ChannelFault(Reason.VOUCHER_TOO_LOW, detail="no voucher covers what was charged or paid out")
     record = account.close
     if record is not None and record.capture is not None and record.capture < chain.settled:
@@ -421,9 +432,10 @@ def _begin_close(account: Account, command: BeginClose, policy: Policy) -> Plan[
         raise _exceeds(voucher.cumulative, account.chain.deposit)
     events: list[Event] = []
     if all(rung.cumulative != voucher.cumulative for rung in account.ladder):
-        # Also between the rungs: v1 pays whole vouchers, and a payer who closes signs exactly what was spent.
-        ladder = sorted((*account.ladder, voucher), key=lambda rung: rung.cumulative)
-        events.append(VoucherAccepted(_thin(tuple(ladder), account.final, policy.ladder_max)))
+        # Also between the rungs: v1 pays whole vouchers, and a payer who closes signs exactly what was spent. Thinned
+        # before it joins them, or it could be the one that goes.
+        kept = _thin(account.ladder, account.final, policy.ladder_max)
+        events.append(VoucherAccepted(tuple(sorted((*kept, voucher), key=lambda rung: rung.cumulative))))
     return _planned(account, *events, CloseBegun(CloseRecord(command.challenge_id, voucher.cumulative)))
 
 

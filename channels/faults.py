@@ -38,6 +38,7 @@ class Reason(StrEnum):
     CREDENTIAL_USED = "credential_used"
     INSUFFICIENT_BALANCE = "insufficient_balance"
     HOLD_FENCED = "hold_fenced"
+    EXPOSURE_LIMIT = "exposure_limit"
     # the world
     CHAIN_REJECTED = "chain_rejected"
     CHAIN_UNAVAILABLE = "chain_unavailable"

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from channels.units import Units
+
+_UNSETTLED_MAX: Final = Units(5_000_000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,3 +26,6 @@ class Policy:
     tickets_max: int = 256
     """Used content credentials remembered until they expire. 50 challenges/s per address over 300 s would be more,
     but one channel serves one stream at a time, and 256 requests in five minutes is one every 1.2 s."""
+    unsettled_units_max: Units = _UNSETTLED_MAX
+    """Most one channel may owe the node beyond what the chain has paid out before it gets no new request: 5 USD. What a
+    payer whose token is frozen, or a chain that stands still, can cost."""

@@ -126,6 +126,14 @@ def closed_in(channel: ChannelId, escrow: Escrow, logs: Iterable[Log]) -> escrow
     return None
 
 
+def settled_in(channel: ChannelId, escrow: Escrow, logs: Iterable[Log]) -> escrow_v2.Settled | None:
+    """The ``Settled`` of a channel among a receipt's logs."""
+    for event in _events(escrow, logs):
+        if isinstance(event, escrow_v2.Settled) and event.channel_id == channel:
+            return event
+    return None
+
+
 def _events(escrow: Escrow, logs: Iterable[Log]) -> list[escrow_v2.Event]:
     decode_events = escrow_v2.decode_events if escrow.protocol is SessionProtocol.V2 else escrow_v1.decode_events
     return decode_events(escrow, logs)

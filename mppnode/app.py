@@ -5,56 +5,40 @@ Nothing else constructs adapters, and nothing here decides anything.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Coroutine
+from typing import Any
 
 import aiohttp
 from aiohttp import web
 
-from channels.descriptor import RESERVE_ADDRESS, Escrow, SessionProtocol
 from channels.faults import ChannelFault
-from channels.policy import Policy
 from channels.signature import address_of
-from channels.verify import Terms
 from channels.wire.challenge import ChallengeMac
-from mppnode.chain.rpc import RpcChain, RpcLimits
-from mppnode.chain.transport import HttpTransport as RpcTransport
 from mppnode.config.schema import Config, ModelConfig, ProviderConfig
 from mppnode.engine.chat import ChatEngine, Upstream
 from mppnode.engine.stream import StreamLimits
 from mppnode.http.middleware import fault_boundary
-from mppnode.kernel.clock import Clock
 from mppnode.kernel.requests import ChatLimits
 from mppnode.kernel.tasks import TaskOwner
+from mppnode.ledger.base import Ledger
 from mppnode.ledger.books import Books
-from mppnode.observe.logs import Level, Log
+from mppnode.ledger.life import Life, Lost, Sweeper
+from mppnode.ledger.spool import Spool
+from mppnode.observe.logs import Level
+from mppnode.parts import Treasury, World, account_policy, build_treasury, escrows_of, open_chain, open_ledger
 from mppnode.pricing.book import Model, PriceBook, Rates
 from mppnode.providers.transport import Transport, TransportLimits
 from mppnode.rails.live import LiveChannels
 from mppnode.rails.presented import Seller
 from mppnode.rails.session import SessionRail, SessionTerms
 from mppnode.rails.tab import TabPolicy
-from mppnode.registry import DECODERS, STORES, SURFACES
-from mppnode.treasury.intents import ChainDesk
+from mppnode.registry import DECODERS, SURFACES
 
 _HEADER_BYTES_MAX = 24 * 1024  # a 16 KiB credential (reliability: section 2.9) and its scheme, with room
 _KEEP_ALIVE_S = 75.0
 _SETTLE_S = 5.0  # for commits and a close whose transaction is in flight; a close is taken up again at the next start
-
-
-class WrongChain(Exception):
-    """The RPC endpoint serves another chain than the configuration names."""
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """Everything a node takes from its surroundings; tests replace single parts."""
-
-    clock: Clock
-    entropy: Callable[[int], bytes]
-    log: Log
-    on_fatal: Callable[[BaseException], None]
 
 
 class Node:
@@ -66,9 +50,12 @@ class Node:
         self._log = world.log
         self._exit = contextlib.AsyncExitStack()
         self._owner = TaskOwner(self._task_failed)
+        self._daemons = TaskOwner(self._task_failed)
         self._engine: ChatEngine | None = None
         self._runner: web.AppRunner | None = None
+        self.ledger: Ledger | None = None
         self.books: Books | None = None
+        self.treasury: Treasury | None = None
         self.rail: SessionRail | None = None
         self.url = ""
 
@@ -81,56 +68,98 @@ class Node:
         try:
             await self._start()
         except BaseException:
+            await self._daemons.drain(deadline_s=0)
             await self._exit.aclose()
             raise
 
     async def _start(self) -> None:
         config, world = self._config, self._world
-        store = STORES["sqlite"](config.node.ledger, clock=world.clock, on_fatal=world.on_fatal)
-        await store.start()
-        self._exit.push_async_callback(store.stop)
-        books = Books(store, clock=world.clock, policy=_policy(config))
+        world.probe("start.before")
+        # The supervisor of several workers holds a file's instance lock for all of them.
+        ledger = open_ledger(config, world, shared=config.node.workers > 1)
+        await ledger.start()
+        self._exit.push_async_callback(ledger.stop)
+        self.ledger = ledger
+        books = Books(ledger, clock=world.clock, policy=account_policy(config), probe=world.probe)
         self.books = books
-        recovered = await books.recover()
+        live = LiveChannels(world.clock, self._owner)
+        life = Life(
+            ledger,
+            config.node.name,
+            clock=world.clock,
+            sleep=asyncio.sleep,
+            on_lost=lambda lost: self._lost(live, lost),
+        )
+        await life.begin()
+        self._exit.push_async_callback(life.end)
+        sweeper = Sweeper(ledger, books, life, ours=live.owns)
+        recovered = await sweeper.sweep()
         http = await self._exit.enter_async_context(aiohttp.ClientSession())
-        chain = RpcChain(RpcTransport(http, config.chain.rpc_url), world.clock, limits=RpcLimits())
-        found = await chain.chain_id()
-        if found != config.chain.chain_id:
-            raise WrongChain(f"chain.rpc_url serves chain {found}, but chain.chain_id is {config.chain.chain_id}")
-        live = LiveChannels(world.clock)
+        chain = await open_chain(config, world, http)
         books.subscribe(live.on_commit)
-        rail = self._rail(books, chain, live)
+        self._open_spool(books)
+        ledger.follow(live.channels)
+        money = build_treasury(
+            config, world, ledger=ledger, books=books, chain=chain, life=life, owner=self._owner, quiesce=live.quiesce
+        )
+        self.treasury = money
+        rail = self._rail(books, money, live, life)
         self.rail = rail
         engine = self._build_engine(rail, live)
         self._engine = engine
-        await rail.resume_closes()
+        await money.closer.resume()
+        self._daemon(life.keep(), "beat")
+        self._daemon(sweeper.keep(asyncio.sleep, self._late), "sweep")
+        self._daemon(money.treasurer.keep(), "treasury")
+        world.probe("listen.before")
         await self._listen(engine, rail, books)
         self._log("node.started", url=self.url, chain=config.chain.chain_id, recovered=recovered)
+        world.probe("listen.after")
 
-    def _rail(self, books: Books, chain: RpcChain, live: LiveChannels) -> SessionRail:
-        config, world = self._config, self._world
-        payee, escrows = address_of(config.chain.payee_key.reveal()), _escrows(config)
-        desk = ChainDesk(
-            chain,
-            terms={escrow.protocol: Terms(escrow, payee, config.chain.token) for escrow in escrows},
-            key=config.chain.payee_key,
-            fee_token=config.chain.fee_token,
-            clock=world.clock,
-            entropy=world.entropy,
+    def _open_spool(self, books: Books) -> None:
+        path = self._config.node.spool
+        if path is None:
+            return
+        workers = self._config.node.workers > 1
+        spool = Spool(
+            path.with_name(f"{path.name}.{self._config.node.name}") if workers else path,
+            on_error=lambda error: self._log("spool.failed", level=Level.ERROR, errno=error.errno),
         )
-        session = config.session
+        spool.start()
+        books.subscribe(spool.on_commit)
+        self._daemon(spool.keep(asyncio.sleep), "spool")
+        self._exit.push_async_callback(spool.flush)
+
+    def _daemon(self, loop: Coroutine[Any, Any, None], name: str) -> None:
+        self._daemons.spawn(loop, name=name)
+
+    def _lost(self, live: LiveChannels, lost: Lost) -> None:
+        # Nothing may be delivered any more: the holds of these requests are others' to release, or already gone.
+        self._log("node.lost", level=Level.ERROR, fenced=lost.fenced)
+        live.end_everything()
+
+    def _late(self, fault: ChannelFault) -> None:
+        self._log("sweep.late", level=Level.WARNING, reason=fault.reason.value)
+
+    def _rail(self, books: Books, money: Treasury, live: LiveChannels, life: Life) -> SessionRail:
+        config, world = self._config, self._world
+        session, payee = config.session, address_of(config.chain.payee_key.reveal())
         return SessionRail(
             terms=SessionTerms(
-                seller=Seller(config.node.realm, payee, config.chain.token, escrows),
+                seller=Seller(config.node.realm, payee, config.chain.token, escrows_of(config)),
                 suggested_deposit=session.suggested_deposit,
                 min_voucher_delta=session.min_voucher_delta,
                 challenge_ttl_s=session.challenge_ttl_s,
                 chain_ttl_s=session.chain_ttl_s,
+                sponsored=config.treasury.sponsor,
             ),
             mac=ChallengeMac(tuple(secret.reveal() for secret in config.node.challenge_secrets)),
             books=books,
-            intents=desk,
+            intents=money.desk,
+            closer=money.closer,
             live=live,
+            ending=money.ending,
+            node=lambda: life.id,
             owner=self._owner,
             clock=world.clock,
             entropy=world.entropy,
@@ -153,6 +182,7 @@ class Node:
             limits=StreamLimits(voucher_wait_s=config.session.voucher_wait_s, stall_s=limits.stall_s),
             streams_max=limits.streams_max,
             log=self._log,
+            probe=self._world.probe,
         )
 
     async def _listen(self, engine: ChatEngine, rail: SessionRail, books: Books) -> None:
@@ -173,16 +203,21 @@ class Node:
         await runner.setup()
         self._exit.push_async_callback(runner.cleanup)
         self._runner = runner
-        site = web.TCPSite(runner, config.node.host, config.node.port)
+        # Workers of one machine share the port; the kernel spreads the connections over them.
+        shared = config.node.workers > 1
+        site = web.TCPSite(runner, config.node.host, config.node.port, reuse_port=shared or None)
         await site.start()
         self.url = f"http://{config.node.host}:{runner.addresses[0][1]}"
 
     async def stop(self) -> None:
         """Take no more requests, let running streams end, settle their bills, then close everything."""
+        self._world.probe("drain.before")
         if self._engine is not None:
             self._engine.stop()
         if self._runner is not None:
             await self._runner.cleanup()
+        self._world.probe("drain.after")
+        await self._daemons.drain(deadline_s=0)
         # The runner has waited for the streams already; what is left are their bills and closes in flight.
         await self._owner.drain(deadline_s=min(_SETTLE_S, self._config.limits.drain_s))
         await self._exit.aclose()
@@ -191,18 +226,6 @@ class Node:
     def _task_failed(self, name: str, error: BaseException) -> None:
         reason = error.reason.value if isinstance(error, ChannelFault) else type(error).__name__
         self._log("task.failed", level=Level.ERROR, task=name, error=reason)
-
-
-def _policy(config: Config) -> Policy:
-    return Policy(
-        deposit_units_min=config.session.min_deposit, voucher_delta_units_min=config.session.min_voucher_delta
-    )
-
-
-def _escrows(config: Config) -> tuple[Escrow, ...]:
-    places = {SessionProtocol.V2: RESERVE_ADDRESS, SessionProtocol.V1: config.chain.v1_escrow}
-    chosen = [(protocol, places[protocol]) for protocol in config.session.protocols]
-    return tuple(Escrow(protocol, config.chain.chain_id, place) for protocol, place in chosen if place is not None)
 
 
 def _model(model: ModelConfig) -> Model:

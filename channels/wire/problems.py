@@ -57,6 +57,7 @@ PROBLEMS: Final[Mapping[Reason, Problem]] = MappingProxyType(
         Reason.CREDENTIAL_USED: _VERIFICATION,
         Reason.INSUFFICIENT_BALANCE: Problem("session/insufficient-balance", "Insufficient Balance"),
         Reason.HOLD_FENCED: _INTERNAL,
+        Reason.EXPOSURE_LIMIT: _INTERNAL,
         Reason.CHAIN_REJECTED: _VERIFICATION,
         Reason.CHAIN_UNAVAILABLE: _INTERNAL,
         Reason.CHAIN_OUTCOME_UNKNOWN: _INTERNAL,

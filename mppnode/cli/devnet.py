@@ -19,7 +19,7 @@ from channels.descriptor import RESERVE_ADDRESS, Escrow, SessionProtocol
 from channels.ids import Address, parse_address, to_hex
 from channels.signature import address_of
 from channels.units import Pico, Units, format_decimal
-from mppnode.app import Node, World
+from mppnode.app import Node
 from mppnode.chain.devchain import DevChain
 from mppnode.cli.devchain_server import start_devchain
 from mppnode.cli.devprovider_server import DevProviderServer, start_devprovider
@@ -32,10 +32,12 @@ from mppnode.config.schema import (
     NodeConfig,
     ProviderConfig,
     SessionConfig,
+    TreasuryConfig,
 )
 from mppnode.config.secrets import Secret
 from mppnode.kernel.clock import Clock, SystemClock
 from mppnode.observe.logs import Log, quiet
+from mppnode.parts import World
 
 CHAIN_ID: Final = 1337
 PATH_USD: Final = parse_address("0x20c0000000000000000000000000000000000000", field="token")
@@ -81,6 +83,7 @@ class DevnetOptions:
         )
     )
     limits: LimitsConfig = field(default_factory=lambda: LimitsConfig(drain_s=2))
+    treasury: TreasuryConfig = TreasuryConfig()
     directory: Path | None = None
     payee_key: bytes | None = None
 
@@ -168,6 +171,7 @@ class Devnet:
             providers=(ProviderConfig("dev", f"{self.provider.url}/v1"),),
             models=models,
             log=LogConfig(),
+            treasury=options.treasury,
         )
 
     def _on_fatal(self, error: BaseException) -> None:

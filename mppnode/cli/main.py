@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from channels.model import Phase
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,7 +28,16 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="run a node")
     serve.add_argument("--config", type=Path, required=True, metavar="FILE", help="see docs/mppnode.example.toml")
+    workers = "processes on one port (default: as configured, else 1)"
+    serve.add_argument("--workers", type=int, choices=range(1, 65), metavar="N", help=workers)
+    serve.add_argument("--worker", help=argparse.SUPPRESS)  # written by the supervisor of --workers
     serve.set_defaults(run=_serve)
+
+    watchtower = commands.add_parser("watchtower", help="settle and close only: no port, no provider")
+    watchtower.add_argument("--config", type=Path, required=True, metavar="FILE")
+    watchtower.set_defaults(run=_watchtower)
+
+    _add_money(commands)
 
     demo = commands.add_parser("demo", help="one paid stream on a development network, from open to close")
     demo.add_argument("--json", action="store_true", help="print one summary object and nothing else")
@@ -51,10 +62,60 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_money(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", type=Path, required=True, metavar="FILE", help="the node's configuration")
+    common.add_argument("--json", action="store_true", help="one JSON object per line")
+    dry = argparse.ArgumentParser(add_help=False)
+    dry.add_argument("--dry-run", action="store_true", help="say what would be done and do nothing")
+
+    channels = commands.add_parser("channels", help="list, show, settle or close channels")
+    actions = channels.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", parents=[common], help="channels that are not closed")
+    listing.add_argument("--all", action="store_true", help="closed ones too")
+    listing.add_argument("--phase", choices=[phase.value for phase in Phase])
+    show = actions.add_parser("show", parents=[common], help="everything about one channel")
+    show.add_argument("channel", nargs=1, metavar="CHANNEL")
+    verbs = {"settle": "bring what is earned to the chain", "close": "end channels, capturing what is spent"}
+    for verb, words in verbs.items():
+        action = actions.add_parser(verb, parents=[common, dry], help=words)
+        action.add_argument("channel", nargs="*", metavar="CHANNEL")
+        action.add_argument("--all", action="store_true", help=f"{verb} every channel that has something to {verb}")
+    channels.set_defaults(run=_money("channels"))
+
+    reconcile = commands.add_parser("reconcile", parents=[common], help="prove that journal, books and chain agree")
+    reconcile.set_defaults(run=_money("reconcile"))
+
+    backup = commands.add_parser("backup", help="copy a SQLite ledger that is in use")
+    backup.add_argument("--config", type=Path, required=True, metavar="FILE")
+    backup.add_argument("--to", type=Path, required=True, metavar="FILE", help="must not exist yet")
+    backup.set_defaults(run=_money("backup"))
+
+    restore = commands.add_parser("restore", parents=[common, dry], help="bring a restored backup up to date")
+    restore.add_argument("--spool", type=Path, metavar="FILE", help="accepted vouchers (default: the configured spool)")
+    restore.set_defaults(run=_money("restore"))
+
+
+def _money(name: str) -> Callable[[argparse.Namespace], int]:
+    def run(options: argparse.Namespace) -> int:
+        from mppnode.cli import money
+
+        command: Callable[[argparse.Namespace], int] = getattr(money, name)
+        return command(options)
+
+    return run
+
+
 def _serve(options: argparse.Namespace) -> int:
     from mppnode.cli.serve import serve
 
-    return serve(options.config)
+    return serve(options.config, workers=options.workers, worker=options.worker)
+
+
+def _watchtower(options: argparse.Namespace) -> int:
+    from mppnode.cli.serve import watchtower
+
+    return watchtower(options.config)
 
 
 def _demo(options: argparse.Namespace) -> int:

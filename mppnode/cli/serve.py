@@ -1,4 +1,4 @@
-"""``mppnode serve`` and ``mppnode devnet``: run until told to stop, then drain."""
+"""``mppnode serve``, ``watchtower`` and ``devnet``: run until told to stop, then drain."""
 
 from __future__ import annotations
 
@@ -7,40 +7,77 @@ import os
 import signal
 import sqlite3
 import sys
+from collections.abc import Coroutine
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from channels.faults import ChannelFault
-from mppnode.app import Node, World, WrongChain
+from mppnode.app import Node
 from mppnode.config.load import ConfigError, environment, load_config
 from mppnode.config.schema import Config, LogFormat
 from mppnode.kernel.clock import SystemClock
+from mppnode.ledger.base import LedgerError
 from mppnode.ledger.sqlite import InstanceLocked
-from mppnode.observe.logs import Level, make_log
+from mppnode.observe.logs import Level, Log, make_log
+from mppnode.parts import World, WrongChain
+from mppnode.watchtower import Watchtower
 
 _BAD_CONFIG = 2
 _FAILED = 1
+CANNOT_START = (WrongChain, InstanceLocked, LedgerError, ChannelFault, OSError, sqlite3.Error)
 
 
-def serve(path: Path) -> int:
+def serve(path: Path, *, workers: int | None = None, worker: str | None = None) -> int:
     """Run a node from a configuration file; every problem in the file is printed before anything starts."""
+    config = read_config(path)
+    if config is None:
+        return _BAD_CONFIG
+    if worker is not None:
+        from mppnode.cli.workers import read_worker, worker_config
+
+        return run(_serve(worker_config(config, *read_worker(worker)), leashed=True))
+    config = replace(config, node=replace(config.node, workers=workers or config.node.workers))
+    if config.node.workers > 1:
+        return run(_supervise(path, config))
+    return run(_serve(config))
+
+
+def watchtower(path: Path) -> int:
+    """Run the treasury alone: it settles and closes, and serves nobody."""
+    config = read_config(path)
+    return _BAD_CONFIG if config is None else run(_watch(config))
+
+
+def read_config(path: Path) -> Config | None:
+    """The configuration, or None after its problems have been printed."""
     try:
-        config = load_config(path, environment())
+        return load_config(path, environment())
     except ConfigError as error:
         for problem in error.problems:
             print(f"{path}: {problem}", file=sys.stderr)
-        return _BAD_CONFIG
+        return None
+
+
+def run(main: Coroutine[Any, Any, int]) -> int:
+    """Run a command on the fast event loop."""
     import uvloop
 
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_serve(config))
+        return runner.run(main)
 
 
-async def _serve(config: Config) -> int:
-    clock = SystemClock()
-    log = make_log(
-        clock=clock, level=Level[config.log.level.upper()], as_json=config.log.format is LogFormat.JSON
-    )
+def log_of(config: Config) -> Log:
+    """The log a configuration asks for."""
+    as_json = config.log.format is LogFormat.JSON
+    return make_log(clock=SystemClock(), level=Level[config.log.level.upper()], as_json=as_json)
+
+
+async def _serve(config: Config, *, leashed: bool = False) -> int:
+    log = log_of(config)
     stop, fatal = _stop_signal(), list[BaseException]()
+    if leashed:
+        await _stop_with_supervisor(stop)
 
     def on_fatal(error: BaseException) -> None:
         # The ledger cannot be written: nothing may be promised any more. Holds are released at the next start.
@@ -48,14 +85,45 @@ async def _serve(config: Config) -> int:
         fatal.append(error)
         stop.set()
 
-    node = Node(config, World(clock, os.urandom, log, on_fatal))
+    node = Node(config, World(SystemClock(), os.urandom, log, on_fatal))
     try:
         await node.start()
-    except (WrongChain, InstanceLocked, ChannelFault, OSError, sqlite3.Error) as error:
+    except CANNOT_START as error:
         print(f"mppnode: cannot start: {error}", file=sys.stderr)
         return _FAILED
     await stop.wait()
     await node.stop()
+    if fatal:
+        print(f"mppnode: stopped because the ledger failed: {fatal[0]}", file=sys.stderr)
+    return _FAILED if fatal else 0
+
+
+async def _supervise(path: Path, config: Config) -> int:
+    from mppnode.cli.workers import supervise
+
+    try:
+        return await supervise(path, config, _stop_signal(), log_of(config))
+    except CANNOT_START as error:
+        print(f"mppnode: cannot start: {error}", file=sys.stderr)
+        return _FAILED
+
+
+async def _watch(config: Config) -> int:
+    log, stop, fatal = log_of(config), _stop_signal(), list[BaseException]()
+
+    def on_fatal(error: BaseException) -> None:
+        log("ledger.failed", level=Level.ERROR, error=type(error).__name__)
+        fatal.append(error)
+        stop.set()
+
+    tower = Watchtower(config, World(SystemClock(), os.urandom, log, on_fatal))
+    try:
+        await tower.start()
+    except CANNOT_START as error:
+        print(f"mppnode: cannot start: {error}", file=sys.stderr)
+        return _FAILED
+    await stop.wait()
+    await tower.stop()
     return _FAILED if fatal else 0
 
 
@@ -70,6 +138,19 @@ async def run_devnet(*, port: int, tokens_per_second: float) -> int:
         print(net.describe(), flush=True)
         await stop.wait()
     return 0
+
+
+async def _stop_with_supervisor(stop: asyncio.Event) -> None:
+    """A worker's standard input is its leash: its end is the end of the supervisor."""
+    await asyncio.get_running_loop().connect_read_pipe(lambda: _Leash(stop), sys.stdin)
+
+
+class _Leash(asyncio.Protocol):
+    def __init__(self, stop: asyncio.Event) -> None:
+        self._stop = stop
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
+        self._stop.set()
 
 
 def _stop_signal() -> asyncio.Event:

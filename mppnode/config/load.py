@@ -28,6 +28,7 @@ from mppnode.config.schema import (
     ProviderConfig,
     ProviderKind,
     SessionConfig,
+    TreasuryConfig,
 )
 from mppnode.config.secrets import Secret
 
@@ -37,6 +38,7 @@ _MISSING: Final = object()
 _REALM = re.compile(r"[A-Za-z0-9.-]{1,253}(?::[0-9]{1,5})?", re.ASCII)
 _MODEL_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@-]{0,255}", re.ASCII)
 _URL = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+(?:/[^\s?#]*)?", re.ASCII)
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
 _LEVELS: Final = ("debug", "info", "warning", "error")
 
 
@@ -70,6 +72,7 @@ def parse_config(tree: dict[str, Any], environ: Mapping[str, str], *, base: Path
     node, chain = _node(root.section("node")), _chain(root.section("chain"))
     session, limits = _session(root.section("session", optional=True)), _limits(root.section("limits", optional=True))
     log = _log(root.section("log", optional=True))
+    treasury = _treasury(root.section("treasury", optional=True))
     providers = tuple(_provider(section) for section in root.sections("providers"))
     models = tuple(_model(section) for section in root.sections("models"))
     root.done()
@@ -86,7 +89,7 @@ def parse_config(tree: dict[str, Any], environ: Mapping[str, str], *, base: Path
         problems.append('chain.v1_escrow: is required when session.protocols has "v1"')
     if problems:
         raise ConfigError(problems)
-    return Config(node, chain, session, limits, providers, models, log)
+    return Config(node, chain, session, limits, providers, models, log, treasury)
 
 
 class _Section:
@@ -95,7 +98,7 @@ class _Section:
     def __init__(
         self, values: dict[str, Any], path: str, problems: list[str], environ: Mapping[str, str], base: Path
     ) -> None:
-        self._values = values
+        self.values = values
         self._path = path
         self._problems = problems
         self._environ = environ
@@ -104,7 +107,7 @@ class _Section:
 
     def section(self, name: str, *, optional: bool = False) -> _Section:
         self._used.add(name)
-        value = self._values.get(name, {} if optional else _MISSING)
+        value = self.values.get(name, {} if optional else _MISSING)
         if not isinstance(value, dict):
             self.problem(name, "section is missing" if value is _MISSING else "must be a table")
             value = {}
@@ -112,7 +115,7 @@ class _Section:
 
     def sections(self, name: str) -> list[_Section]:
         self._used.add(name)
-        value = self._values.get(name, [])
+        value = self.values.get(name, [])
         if not isinstance(value, list) or not value or not all(isinstance(item, dict) for item in value):
             self.problem(name, f"needs at least one [[{name}]] table")
             return []
@@ -130,7 +133,7 @@ class _Section:
     def get(self, name: str, read: Callable[[Any], T], default: Any = _MISSING, *, fallback: T) -> T:
         """Read one key through ``read``, which raises ``ValueError`` in words fit for people."""
         self._used.add(name)
-        value = self._values.get(name, _MISSING)
+        value = self.values.get(name, _MISSING)
         if value is _MISSING:
             if default is _MISSING:
                 self.problem(name, "is required")
@@ -194,7 +197,7 @@ class _Section:
         return self.get(name, every, fallback=())
 
     def done(self) -> None:
-        for name in self._values:
+        for name in self.values:
             if name not in self._used:
                 near = difflib.get_close_matches(name, self._used, n=1)
                 self.problem(name, f"is not a known key{f'; did you mean {near[0]}?' if near else ''}")
@@ -226,12 +229,66 @@ def _node(section: _Section) -> NodeConfig:
     config = NodeConfig(
         realm=section.text("realm", _REALM, "api.example.com"),
         challenge_secrets=section.secrets("challenge_secrets", _challenge_secret),
-        ledger=section.base / section.get("ledger", _str, "mppnode.sqlite", fallback="mppnode.sqlite"),
+        ledger=_ledger(section),
         host=section.text("host", re.compile(r"[A-Za-z0-9.:_-]{1,253}"), "127.0.0.1", "127.0.0.1"),
         port=section.whole("port", 0, 65_535, 8402),
+        name=section.text("name", _NAME, "node-1", "node"),
+        workers=section.whole("workers", 1, 64, 1),
+        spool=section.get("spool", lambda value: section.base / _path(value), None, fallback=None),
     )
     section.done()
     return config
+
+
+def _ledger(section: _Section) -> Path | Secret[str]:
+    """Text is the path of a SQLite file; a secret is the URL of a PostgreSQL database, since that has a password."""
+    if isinstance(section.values.get("ledger"), dict):
+        return section.secret("ledger", _database_url) or Secret("")
+    return section.base / section.get("ledger", _path, "mppnode.sqlite", fallback="mppnode.sqlite")
+
+
+def _path(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError('must be a path, or { env = "NAME" } with the URL of a PostgreSQL database')
+    if "://" in value:
+        raise ValueError('is a URL: it may hold a password, so write { env = "NAME" } or { file = "path" }')
+    return value
+
+
+def _database_url(text: str) -> Secret[str]:
+    if not text.startswith(("postgresql://", "postgres://")):
+        raise ValueError("must be a postgresql:// URL")
+    return Secret(text)
+
+
+def _treasury(section: _Section) -> TreasuryConfig:
+    base = TreasuryConfig()
+    config = TreasuryConfig(
+        settle_fees=section.whole("settle_fees", 1, 10_000, base.settle_fees),
+        settle_age_s=section.whole("settle_age_s", 60, 30 * 86_400, base.settle_age_s),
+        exposure_max=section.usd("exposure_max", base.exposure_max),
+        idle_close_s=section.whole("idle_close_s", 60, 365 * 86_400, base.idle_close_s),
+        second_rpc_url=section.get("second_rpc_url", _url, None, fallback=None),
+        agree_above=section.usd("agree_above", base.agree_above),
+        sponsor=section.get("sponsor", _flag, base.sponsor, fallback=base.sponsor),
+        sponsor_fee_max=section.usd("sponsor_fee_max", base.sponsor_fee_max),
+        sponsor_budget=section.usd("sponsor_budget", base.sponsor_budget),
+        sponsor_grants_per_hour=section.whole("sponsor_grants_per_hour", 1, 1_000, base.sponsor_grants_per_hour),
+    )
+    section.done()
+    return config
+
+
+def _url(value: Any) -> str:
+    if not isinstance(value, str) or _URL.fullmatch(value) is None:
+        raise ValueError("must look like https://rpc.example.com")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError("must be true or false")  # noqa: TRY004 - words for people
+    return value
 
 
 def _chain(section: _Section) -> ChainConfig:

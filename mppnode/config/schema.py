@@ -33,9 +33,15 @@ class NodeConfig:
 
     realm: str
     challenge_secrets: tuple[Secret[bytes], ...]
-    ledger: Path
+    ledger: Path | Secret[str]
+    """A SQLite file, or the URL of a PostgreSQL database, which holds a password."""
     host: str = "127.0.0.1"
     port: int = 8402
+    name: str = "node"
+    """Of this process among those that share the ledger; a process takes over from an earlier one of its name."""
+    workers: int = 1
+    spool: Path | None = None
+    """A file for a second copy of accepted vouchers; best on another disk than the ledger."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +69,22 @@ class SessionConfig:
     voucher_wait_s: int = 60
     challenge_ttl_s: int = 300
     chain_ttl_s: int = 5
+
+
+@dataclass(frozen=True, slots=True)
+class TreasuryConfig:
+    """``[treasury]``. Amounts in base units, times in seconds; see ``treasury/treasurer.py`` for the reasons."""
+
+    settle_fees: int = 20
+    settle_age_s: int = 6 * 3600
+    exposure_max: Units = Units(5_000_000)
+    idle_close_s: int = 30 * 24 * 3600
+    second_rpc_url: str | None = None
+    agree_above: Units = Units(5_000_000)
+    sponsor: bool = False
+    sponsor_fee_max: Units = Units(50_000)
+    sponsor_budget: Units = Units(1_000_000)
+    sponsor_grants_per_hour: int = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,3 +142,4 @@ class Config:
     providers: tuple[ProviderConfig, ...]
     models: tuple[ModelConfig, ...]
     log: LogConfig
+    treasury: TreasuryConfig = TreasuryConfig()

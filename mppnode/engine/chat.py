@@ -19,6 +19,7 @@ from mppnode.engine.sink import Sink
 from mppnode.engine.stream import Ending, PaidStream, StreamLimits
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.faults import Attempt, NodeFault, NodeReason
+from mppnode.kernel.probe import Probe, unwatched
 from mppnode.kernel.requests import ChatRequest
 from mppnode.kernel.tasks import TaskOwner
 from mppnode.kernel.usage import Usage
@@ -72,7 +73,9 @@ class ChatEngine:
         limits: StreamLimits,
         streams_max: int,
         log: Log,
+        probe: Probe = unwatched,
     ) -> None:
+        self.probe = probe
         self._book = book
         self._default = default_model
         self._upstreams = upstreams
@@ -119,7 +122,9 @@ class ChatEngine:
         """
         run = await self._admit(presented, account, chat, offer)
         try:
+            self.probe("connect.before")
             run.upstream = await run.connect(self._connect(chat, offer.model))
+            self.probe("connect.after")
         except BaseException:
             # Also on cancellation: the hold must not outlive its request, so the owner ends it even if we are cut off.
             release = self._owner.start(run.settle(Pico(0), Ending.UPSTREAM_FAILED), name="release hold")
@@ -316,6 +321,7 @@ class PaidChat:
             sink=sink,
             limits=self._engine.limits,
             tokens_max=self._chat.completion_tokens_max,
+            probe=self._engine.probe,
         )
         if self._superseded:
             self._stream.supersede()
@@ -335,7 +341,9 @@ class PaidChat:
         # A report beyond what was asked for is the provider's affair: nobody pays more than the request could cost.
         await self.settle(Pico(min(stream.final_total(ending), self.tab.cap_pico)), ending)
         if not sink.gone():
+            self._engine.probe("receipt.before")
             sink.write(b"".join(self._last_frames(stream, ending)))
+            self._engine.probe("receipt.after")
 
     def _last_frames(self, stream: PaidStream, ending: Ending) -> list[bytes]:
         first, last = stream.first_chunk, []

@@ -20,6 +20,7 @@ from channels.faults import Reason
 from channels.units import Pico
 from channels.wire import sse
 from mppnode.engine.sink import Sink
+from mppnode.kernel.probe import Probe, unwatched
 from mppnode.kernel.usage import Usage
 from mppnode.metering.tally import Tally
 from mppnode.providers.base import Chunk, ChunkDecoder, UpstreamFault, UpstreamResponse
@@ -68,7 +69,9 @@ class PaidStream:
         sink: Sink,
         limits: StreamLimits,
         tokens_max: int,
+        probe: Probe = unwatched,
     ) -> None:
+        self._probe = probe
         self._tokens_max = tokens_max
         self._upstream = upstream
         self._decoder = decoder
@@ -188,13 +191,16 @@ class PaidStream:
             self.first_chunk = frames[0]
         need = tab.ask()
         if need is not None:
+            self._probe("need_voucher.before")
             frames.append(
                 sse.need_voucher_frame(
                     tab.account.id, required=need.required, accepted=need.accepted, deposit=need.deposit
                 )
             )
         if frames:
+            self._probe("write.before")
             self._sink.write(b"".join(frames) if len(frames) > 1 else frames[0])
+            self._probe("write.after" if need is None else "need_voucher.after")
             self._silent_since = self._loop.time()
         if overrun:
             self._end(Ending.OVERRUN)

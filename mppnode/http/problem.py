@@ -41,6 +41,7 @@ STATUS: Final[Mapping[Reason | NodeReason, int]] = MappingProxyType(
         Reason.CREDENTIAL_USED: 402,
         Reason.INSUFFICIENT_BALANCE: 402,
         Reason.HOLD_FENCED: 409,
+        Reason.EXPOSURE_LIMIT: 503,
         Reason.CHAIN_REJECTED: 402,
         # never 402 where money may have moved: the client would pay again
         Reason.CHAIN_UNAVAILABLE: 503,
@@ -68,6 +69,7 @@ _RETRY_AFTER_S: Final[Mapping[Reason | NodeReason, int]] = MappingProxyType(
         Reason.CHAIN_UNAVAILABLE: 2,
         Reason.CHAIN_OUTCOME_UNKNOWN: 5,
         Reason.STORE_UNAVAILABLE: 2,
+        Reason.EXPOSURE_LIMIT: 10,
     }
 )
 _TYPES: Final[Mapping[int, str]] = MappingProxyType(

@@ -26,6 +26,11 @@ class TaskOwner:
         task.add_done_callback(self._ended)
         return task
 
+    def spawn(self, coroutine: Coroutine[Any, Any, None], *, name: str) -> None:
+        """As :meth:`start`, for work nobody waits for."""
+        task = self.start(coroutine, name=name)
+        assert not task.done()
+
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:

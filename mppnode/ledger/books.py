@@ -7,19 +7,22 @@ from collections.abc import Callable, Sequence
 from channels.account import plan
 from channels.faults import ChannelFault, Reason
 from channels.ids import ChannelId
-from channels.model import Account, Command, Event, Outcome, Phase, Plan, ReleaseOrphans
+from channels.model import Account, Command, Event, Finish, HoldId, ObserveChain, Outcome, Plan, Renew
 from channels.policy import Policy
 from channels.store import ChannelStore
+from channels.units import Pico
 from mppnode.kernel.clock import Clock
+from mppnode.kernel.probe import Probe, unwatched
 
 
 class Books:
     """Applies commands to accounts. The only way a balance changes (design D14)."""
 
-    def __init__(self, store: ChannelStore, *, clock: Clock, policy: Policy) -> None:
+    def __init__(self, store: ChannelStore, *, clock: Clock, policy: Policy, probe: Probe = unwatched) -> None:
         self._store = store
         self._clock = clock
         self._policy = policy
+        self._probe = probe
 
     async def apply(self, channel: ChannelId, command: Command) -> Plan[Outcome]:
         """Decide and commit ``command``; when this returns, its effect is durable.
@@ -27,8 +30,13 @@ class Books:
         Raises:
             ChannelFault: the refusal, or ``STORE_UNAVAILABLE``; nothing changed.
         """
-        now, policy = self._clock.now(), self._policy
-        return await self._store.transact(channel, lambda account: plan(account, command, now=now, policy=policy))
+        now, policy, name = self._clock.now(), self._policy, type(command).__name__
+        self._probe(f"{name}.before")
+        made = await self._store.transact(
+            channel, lambda account: plan(account, command, now=now, policy=policy), relaxed=_may_be_lost(command)
+        )
+        self._probe(f"{name}.after")
+        return made
 
     def require_deposit(self, deposit: int) -> None:
         """Refuse a deposit below the policy before anything is broadcast for it. Raises ``DEPOSIT_TOO_SMALL``."""
@@ -57,13 +65,23 @@ class Books:
         """Hear every committed account."""
         self._store.subscribe(listener)
 
-    async def recover(self) -> int:
-        """Release the holds of requests that died with the last process; returns how many accounts had some.
+    async def release(self, channel: ChannelId, hold: HoldId) -> None:
+        """End a hold whose request is unknown at what it last recorded; gone already is as good."""
+        account = await self.load(channel)
+        if account is None or hold not in account.holds:
+            return
+        # A final total equal to what was recorded charges nothing more, and gives nothing back.
+        total = Pico(account.holds[hold].consumed)
+        try:
+            await self.apply(channel, Finish(hold, total))
+        except ChannelFault as fault:
+            if fault.reason not in (Reason.HOLD_FENCED, Reason.CHANNEL_FINALIZED):
+                raise
 
-        What was recorded as consumed stays charged, what was merely held is given back: the node loses at most one
-        window per stream, and nobody pays for tokens that may never have arrived.
-        """
-        orphaned = [a for a in await self.accounts() if a.holds and a.phase not in (Phase.CAPTURED, Phase.CLOSED)]
-        for account in orphaned:
-            await self.apply(account.id, ReleaseOrphans())
-        return len(orphaned)
+
+def _may_be_lost(command: Command) -> bool:
+    """What a power cut may undo: a look at the chain can be repeated, a fold that grants nothing only costs us.
+
+    Nobody is shown either before a later, durable commit has made it last.
+    """
+    return isinstance(command, ObserveChain) or (isinstance(command, Renew) and command.want <= command.consumed)

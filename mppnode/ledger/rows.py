@@ -185,12 +185,10 @@ def account_columns(account: Account, before: Account | None) -> dict[str, str |
     if before is None or account.ladder is not before.ladder:
         columns |= {"accepted": padded(account.accepted), "ladder": dumps(_ladder(account.ladder))}
     if before is None or account.holds is not before.holds:
-        columns |= {
-            "spent": padded(account.spent),
-            "owed_pico": padded(account.owed_pico),
-            "held_pico": padded(account.held_pico),
-            "holds": dumps(_holds(account.holds)),
-        }
+        columns |= {"held_pico": padded(account.held_pico), "holds": dumps(_holds(account.holds))}
+    # By value: a restore raises both without touching a hold.
+    if before is None or account.owed_pico != before.owed_pico or account.spent != before.spent:
+        columns |= {"spent": padded(account.spent), "owed_pico": padded(account.owed_pico)}
     if before is None or account.tickets is not before.tickets:
         columns["tickets"] = dumps(dict(account.tickets))
     if before is None or account.top_ups is not before.top_ups:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from channels.chain import Confirmed
 from channels.descriptor import ChainSnapshot, Escrow
+from channels.ids import ChannelId, Hash32
 from channels.model import Account
 from channels.units import Units
 from channels.verify import VerifiedOpen
@@ -57,10 +59,22 @@ class ChainIntents(Protocol):
         """Check, broadcast and confirm a top-up of a channel."""
         ...
 
-    async def close(self, account: Account) -> Confirmed:
-        """Capture the fixed amount of a CAPTURED account and give the rest back to the payer."""
-        ...
-
     async def observe(self, account: Account) -> ChainSnapshot:
         """Read what the escrow says about a channel now."""
+        ...
+
+
+class Closes(Protocol):
+    """Brings channels to their end; implemented by ``treasury``."""
+
+    def closing(self, channel: ChannelId) -> AbstractAsyncContextManager[None]:
+        """One close of a channel at a time."""
+        ...
+
+    async def finish(self, channel: ChannelId, *, first: bool) -> tuple[Account, Hash32]:
+        """Bring a CLOSING or CAPTURED channel to its end, inside :meth:`closing`; refused at ``first`` it reopens."""
+        ...
+
+    def later(self, channel: ChannelId) -> None:
+        """Go on with a close in the background."""
         ...

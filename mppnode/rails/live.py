@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterable
-from typing import Final
+from collections.abc import Callable, Collection, Coroutine, Iterable
+from typing import Any, Final
+from weakref import WeakValueDictionary
 
 from channels.faults import ChannelFault, Reason
 from channels.ids import ChannelId
-from channels.model import Account
+from channels.model import Account, HoldId
 from mppnode.kernel.clock import Clock
+from mppnode.kernel.tasks import TaskOwner
 from mppnode.rails.tab import SessionTab
 
 _CHECKED_MAX: Final = 50_000  # channels whose last chain read is remembered; forgetting one costs one read
@@ -22,17 +24,58 @@ _BUCKETS_MAX: Final = 50_000
 class LiveChannels:
     """The tabs of running requests by channel, told of every committed change."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, owner: TaskOwner) -> None:
         self._clock = clock
+        self._owner = owner
         self._tabs: dict[ChannelId, list[SessionTab]] = {}
         self._streams: set[SessionTab] = set()
-        self._enders: dict[SessionTab, Callable[[], Awaitable[None]]] = {}
+        self._holds: set[HoldId] = set()
+        self._asked: set[SessionTab] = set()
+        self._enders: dict[SessionTab, Callable[[], Coroutine[Any, Any, None]]] = {}
         self._checked: OrderedDict[ChannelId, float] = OrderedDict()
+        # A lock lives as long as somebody holds or awaits it.
+        self._admissions: WeakValueDictionary[ChannelId, asyncio.Lock] = WeakValueDictionary()
+
+    def admitting(self, channel: ChannelId) -> asyncio.Lock:
+        """One admission of a channel at a time.
+
+        Between a committed hold and its entry among the live tabs nobody could tell its request that a newer one has
+        fenced it: it would be served to the end, and its bill would be nothing.
+        """
+        return self._admissions.get(channel) or self._admissions.setdefault(channel, asyncio.Lock())
+
+    def channels(self) -> Collection[ChannelId]:
+        """Channels with running requests: the ones whose changes elsewhere matter here."""
+        return self._tabs.keys()
+
+    def expect(self, hold: HoldId) -> None:
+        """Say that a hold is about to be reserved; from now on it is ours until :meth:`forget`."""
+        self._holds.add(hold)
+
+    def forget(self, hold: HoldId) -> None:
+        """Say that a hold was refused or its bill is settled."""
+        self._holds.discard(hold)
+
+    def owns(self, hold: HoldId) -> bool:
+        """Whether a request of this process stands behind a hold."""
+        return hold in self._holds
 
     def on_commit(self, account: Account) -> None:
-        """Tell the running requests of a channel about its new state."""
-        for tab in self._tabs.get(account.id, ()):
+        """Tell the running requests of a channel about its new state, and end those that were asked to end."""
+        for tab in tuple(self._tabs.get(account.id, ())):
             tab.observe(account)
+            if tab.must_end(account):
+                self._start_ending(tab)
+
+    def end_everything(self) -> None:
+        """End every request of this process: its life in the ledger is over, its holds may be gone."""
+        for tab in tuple(self._enders):
+            self._start_ending(tab)
+
+    def _start_ending(self, tab: SessionTab) -> None:
+        if tab in self._enders and tab not in self._asked:
+            self._asked.add(tab)
+            self._owner.spawn(self._enders[tab](), name="end request")
 
     def add(self, tab: SessionTab, *, stream: bool) -> None:
         """Register a running request, and whether it is a stream."""
@@ -49,10 +92,14 @@ class LiveChannels:
             self._tabs.pop(tab.account.id, None)
         self._enders.pop(tab, None)
         self._streams.discard(tab)
+        self._asked.discard(tab)
+        self._holds.discard(tab.hold)
 
-    def on_supersede(self, tab: SessionTab, end: Callable[[], Awaitable[None]]) -> None:
+    def on_supersede(self, tab: SessionTab, end: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Say how a request is ended from outside: ``end`` returns when its bill is settled."""
         self._enders[tab] = end
+        if tab.must_end(tab.account):  # asked while it was being admitted
+            self._start_ending(tab)
 
     def streaming(self, channel: ChannelId) -> bool:
         """Whether a stream of a channel is running."""
@@ -61,6 +108,11 @@ class LiveChannels:
     async def end_streams(self, channel: ChannelId) -> None:
         """End the streams of a channel and wait until their bills are settled; buffered requests go on."""
         await self._end(tab for tab in self._tabs.get(channel, ()) if tab in self._streams)
+
+    async def quiesce(self, channel: ChannelId) -> None:
+        """End every request of a channel, one just being admitted too, and wait until their bills are settled."""
+        async with self.admitting(channel):
+            await self.end_all(channel)
 
     async def end_all(self, channel: ChannelId) -> None:
         """End every request of a channel and wait until their bills are settled."""

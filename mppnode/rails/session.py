@@ -7,28 +7,25 @@ It recognises credentials, accepts vouchers, opens, tops up and closes channels,
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from itertools import chain, repeat
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar, assert_never
-from weakref import WeakValueDictionary
 
 from channels.descriptor import Escrow, SessionProtocol
 from channels.faults import ChannelFault, Reason
 from channels.ids import ChannelId, Hash32
 from channels.keccak import keccak256
 from channels.model import (
-    AbortClose,
     AcceptVoucher,
     Account,
     BeginClose,
-    ConfirmClosed,
-    FixCapture,
     HoldId,
+    NodeId,
     ObserveChain,
     Open,
+    Outcome,
     Phase,
+    Plan,
     RecordTopUp,
     Reserve,
     Voucher,
@@ -45,8 +42,9 @@ from channels.wire.snapshot import SessionSnapshot, SignedAmount
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.tasks import TaskOwner
 from mppnode.ledger.books import Books
+from mppnode.ledger.ending import Ending
 from mppnode.pricing.book import describe
-from mppnode.rails.base import ChainIntents, Offer
+from mppnode.rails.base import ChainIntents, Closes, Offer
 from mppnode.rails.live import LiveChannels, VoucherRate
 from mppnode.rails.presented import Presented, Seller, read_presented
 from mppnode.rails.tab import SessionTab, TabPolicy
@@ -54,7 +52,6 @@ from mppnode.rails.tab import SessionTab, TabPolicy
 T = TypeVar("T")
 
 _MAY_YET_CLOSE: Final = frozenset({Reason.CHAIN_UNAVAILABLE, Reason.CHAIN_OUTCOME_UNKNOWN})
-_CLOSE_RETRY_S: Final = (2, 5, 15, 60)
 _BLIND_S: Final = 600  # how long vouchers are taken without seeing the chain; a payer's exit takes 900 s
 
 
@@ -67,6 +64,8 @@ class SessionTerms:
     min_voucher_delta: Units
     challenge_ttl_s: int = 300
     chain_ttl_s: int = 5
+    sponsored: bool = False
+    """Whether the node pays the fees of its payers' opens and top-ups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,29 +92,29 @@ class SessionRail:
         mac: ChallengeMac,
         books: Books,
         intents: ChainIntents,
+        closer: Closes,
         live: LiveChannels,
+        ending: Ending,
+        node: Callable[[], NodeId],
         owner: TaskOwner,
         clock: Clock,
         entropy: Callable[[int], bytes],
         tab_policy: TabPolicy,
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._terms = terms
         self._mac = mac
         self._books = books
         self._intents = intents
+        self._closer = closer
         self._live = live
+        self._ending = ending
+        self._node = node
         self._owner = owner
         self._clock = clock
         self._entropy = entropy
         self._tab_policy = tab_policy
-        self._sleep = sleep
         self._domains = {escrow: VoucherDomain(escrow) for escrow in terms.seller.escrows}
         self._rate = VoucherRate(clock)
-        # A lock lives as long as somebody holds or awaits it.
-        self._closes: WeakValueDictionary[ChannelId, asyncio.Lock] = WeakValueDictionary()
-        self._admissions: WeakValueDictionary[ChannelId, asyncio.Lock] = WeakValueDictionary()
-        self._background: set[asyncio.Task[None]] = set()
 
     # ----------------------------------------------------------------------------------------------------- offers
 
@@ -203,34 +202,23 @@ class SessionRail:
 
         Raises:
             ChannelFault: ``INSUFFICIENT_BALANCE`` with the cumulative amount that would do, ``CREDENTIAL_USED``,
-                ``RATE_LIMITED`` or ``CHANNEL_FINALIZED``.
+                ``RATE_LIMITED``, ``EXPOSURE_LIMIT`` or ``CHANNEL_FINALIZED``.
         """
-        # One admission of a channel at a time. Between a committed hold and its entry among the live tabs nobody could
-        # tell its request that a newer one has fenced it: it would be served to the end, and its bill would be nothing.
-        async with self._admitting(account.id):
+        hold = HoldId(self._entropy(8).hex())
+        async with self._live.admitting(account.id):
             if need.stream and self._live.streaming(account.id):
                 # Decided before the older stream is ended: a repeated credential must not stop it.
                 newest = await self._books.load(account.id)
                 if newest is not None and presented.challenge.id in newest.tickets:
                     raise ChannelFault(Reason.CREDENTIAL_USED, detail="this credential has already bought a response")
                 await self._live.end_streams(account.id)
-            hold = HoldId(self._entropy(8).hex())
-            # The stated window bounds the first hold too: for a dear model its usual tokens would be more than that.
-            want = min(need.want, need.floor + self._tab_policy.window_units_max * PICO_PER_UNIT)
-            plan = await self._books.apply(
-                account.id,
-                # One stream per channel, and it has just been ended above; buffered requests share the channel, each
-                # with its whole worst case held, so several of one agent run side by side.
-                Reserve(
-                    hold,
-                    presented.challenge.id,
-                    presented.expires,
-                    need.floor,
-                    Pico(want),
-                    preempt=False,
-                    stream=need.stream,
-                ),
-            )
+            self._live.expect(hold)
+            try:
+                plan = await self._reserve(presented, account.id, hold, need)
+            except BaseException:
+                # The sweep ends it if it was reserved all the same and only the answer was lost.
+                self._live.forget(hold)
+                raise
             tab = SessionTab(
                 plan.account,
                 hold,
@@ -248,8 +236,31 @@ class SessionRail:
             self._live.add(tab, stream=need.stream)
             return tab
 
-    def _admitting(self, channel: ChannelId) -> asyncio.Lock:
-        return self._admissions.get(channel) or self._admissions.setdefault(channel, asyncio.Lock())
+    async def _reserve(self, presented: Presented, channel: ChannelId, hold: HoldId, need: Need) -> Plan[Outcome]:
+        """Hold the money. A stream of another process is asked to end first; only when it does not is it fenced.
+
+        Buffered requests share the channel, each with its whole worst case held, so several of one agent run at once.
+        """
+        # The stated window bounds the first hold too: for a dear model its usual tokens would be more than that.
+        want = Pico(min(need.want, need.floor + self._tab_policy.window_units_max * PICO_PER_UNIT))
+        command = Reserve(
+            hold,
+            presented.challenge.id,
+            presented.expires,
+            need.floor,
+            want,
+            preempt=False,
+            owner=self._node(),
+            stream=need.stream,
+        )
+        try:
+            return await self._books.apply(channel, command)
+        except ChannelFault as fault:
+            busy = fault.reason is Reason.CHANNEL_BUSY and need.stream
+            if not busy or (account := await self._books.load(channel)) is None or not account.streams:
+                raise
+        await self._ending.streams(channel)
+        return await self._books.apply(channel, replace(command, preempt=True))
 
     def done(self, tab: SessionTab) -> None:
         """Forget a finished tab."""
@@ -353,7 +364,7 @@ class SessionRail:
         return self.receipt(presented, plan.account, tx_hash=plan.result.tx_hash)
 
     async def _close(self, presented: Presented, payload: ClosePayload) -> SessionReceipt:
-        async with self._closing(payload.channel_id):
+        async with self._closer.closing(payload.channel_id):
             account = await self._known(presented, payload)
             signature = parse_signature(payload.signature)
             record = account.close
@@ -367,71 +378,21 @@ class SessionRail:
             if first:
                 # A payer may have withdrawn behind our back: then there is nothing to capture, and no receipt for it.
                 await self._fresh(account, force=True)
-            voucher = Voucher(payload.cumulative, signature)
-            async with self._admitting(account.id):
+            begin = BeginClose(presented.challenge.id, Voucher(payload.cumulative, signature))
+            async with self._live.admitting(account.id):
                 # First the streams, then the credential: it must cover what they have cost, and their cost is known
                 # only now. The other way round its receipt could show more spent than it permits.
                 await self._live.end_all(account.id)
-                await self._books.apply(account.id, BeginClose(presented.challenge.id, voucher))
+                if first:
+                    await self._ending.everything(account.id)
+                await self._books.apply(account.id, begin)
             try:
-                closed, tx_hash = await self._drive_close(account.id, first=first)
+                closed, tx_hash = await self._closer.finish(account.id, first=first)
             except ChannelFault as fault:
                 if fault.reason in _MAY_YET_CLOSE:
-                    self._close_later(account.id, _CLOSE_RETRY_S)
+                    self._closer.later(account.id)
                 raise
             return self._close_receipt(presented, closed, payload, tx_hash)
-
-    @asynccontextmanager
-    async def _closing(self, channel: ChannelId) -> AsyncIterator[None]:
-        """One close of a channel at a time: a second transaction could only revert, and its fee is ours."""
-        lock = self._closes.get(channel) or self._closes.setdefault(channel, asyncio.Lock())
-        async with lock:
-            yield
-
-    async def _drive_close(self, channel: ChannelId, *, first: bool) -> tuple[Account, Hash32]:
-        """Bring a CLOSING or CAPTURED channel to its end: end its streams, fix the capture, tell the chain.
-
-        The order is the law: the capture is durable before anything is signed, and the channel is opened again only
-        when the chain surely will not include the close: after a refusal of the ``first`` attempt. A later one proves
-        nothing about the attempts before it, which may still be mined.
-        """
-        async with self._admitting(channel):  # a request that is just being admitted must be ended like the others
-            await self._live.end_all(channel)
-        plan = await self._books.apply(channel, FixCapture())
-        try:
-            confirmed = await self._intents.close(plan.account)
-        except ChannelFault as fault:
-            if fault.reason is Reason.CHAIN_REJECTED and first:
-                await self._books.apply(channel, AbortClose())
-            elif fault.reason is Reason.CHANNEL_FINALIZED:
-                await self._books.apply(channel, ObserveChain(await self._intents.observe(plan.account)))
-            raise
-        closed = await self._books.apply(channel, ConfirmClosed(confirmed.tx_hash, confirmed.chain))
-        return closed.account, confirmed.tx_hash
-
-    async def resume_closes(self) -> None:
-        """Take up the closes a crash interrupted; each goes on in the background until the chain has answered."""
-        for account in await self._books.accounts():
-            if account.phase in (Phase.CLOSING, Phase.CAPTURED):
-                self._close_later(account.id, (0, *_CLOSE_RETRY_S))
-
-    def _close_later(self, channel: ChannelId, delays_s: tuple[int, ...]) -> None:
-        task = self._owner.start(self._keep_closing(channel, delays_s), name="close channel")
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
-
-    async def _keep_closing(self, channel: ChannelId, delays_s: tuple[int, ...]) -> None:
-        """Repeat a close whose outcome is not known, ever less often: the fixed capture makes repeating harmless."""
-        for delay_s in chain(delays_s, repeat(delays_s[-1])):
-            await self._sleep(delay_s)
-            try:
-                async with self._closing(channel):
-                    await self._drive_close(channel, first=False)
-            except ChannelFault as fault:
-                if fault.reason not in _MAY_YET_CLOSE | {Reason.CHAIN_REJECTED}:
-                    return  # already closed by another attempt or by the payer, or stopped with the ledger
-            else:
-                return
 
     async def _to_the_end(self, work: Coroutine[Any, Any, T], *, name: str) -> T:
         """Do ``work`` even if the asker goes away: a transaction that has left must not be forgotten half-way."""

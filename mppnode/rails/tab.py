@@ -72,7 +72,7 @@ class SessionTab:
         self.challenge_id = challenge_id
         self.granted: int = granted
         self.starved = False
-        self._hold = hold
+        self.hold = hold
         self._token = token_pico
         self._reserve = reserve_pico
         self._unit = unit_pico
@@ -129,7 +129,7 @@ class SessionTab:
         account = self.account
         if self._ended is not None or self._asked_at == account.accepted or account.phase is not Phase.OPEN:
             return None
-        hold = account.holds.get(self._hold)
+        hold = account.holds.get(self.hold)
         if hold is None:
             return None
         # What this request may consume in total under the accepted voucher, and what others have used before it.
@@ -202,12 +202,12 @@ class SessionTab:
         self._window = max(min(2 * self._window, steady, ceiling), self._token)
         delivered = max(min(self.delivered(), self._consumed), self._recorded)
         target = max(delivered + max(self._window, self._token), self._wanted) + self._reserve
-        return Renew(self._hold, Pico(delivered), Pico(target))
+        return Renew(self.hold, Pico(delivered), Pico(target))
 
     def _renewed(self, plan: Plan[Outcome]) -> None:
         grew = plan.result.granted > self.granted
         self.granted = plan.result.granted
-        hold = plan.account.holds.get(self._hold)
+        hold = plan.account.holds.get(self.hold)
         self._recorded = hold.consumed if hold is not None else self._recorded
         self._adopt(plan.account)
         # Judged on the newest state, not on the plan's: a voucher may have been committed in between, and its
@@ -228,12 +228,17 @@ class SessionTab:
         self._adopt(account)
         if self._closing:
             return
-        if self._hold not in account.holds:
+        if self.hold not in account.holds:
             self._ended = ChannelFault(Reason.HOLD_FENCED, detail="a newer request took over this channel")
             self.on_change()
         elif self.starved and (account.headroom_pico > 0 or account.phase is not Phase.OPEN):
             self.starved = False
             self._renew_soon()
+
+    def must_end(self, account: Account) -> bool:
+        """Whether somebody waits for the end of this request: a newer stream elsewhere, or the close of the channel."""
+        hold = account.holds.get(self.hold)
+        return not self._closing and hold is not None and (hold.ending or account.phase is Phase.CLOSING)
 
     def _adopt(self, account: Account) -> None:
         if account.version > self.account.version:
@@ -252,7 +257,7 @@ class SessionTab:
         if self._renewal is not None:
             await asyncio.wait({self._renewal})
         try:
-            plan = await self._books.apply(self.account.id, Finish(self._hold, total))
+            plan = await self._books.apply(self.account.id, Finish(self.hold, total))
         except ChannelFault as fault:
             # Fenced: a newer request or a close released the hold and charged what was recorded. That is the bill.
             if fault.reason not in (Reason.HOLD_FENCED, Reason.CHANNEL_FINALIZED):

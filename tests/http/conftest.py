@@ -15,7 +15,7 @@ from tests.support.http_client import World, new_world
 def _patient_chain(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retries towards the chain do not wait; how often they happen stays as it is."""
     quick = functools.partial(RpcLimits, read_delay_s=0.0, receipt_poll_s=0.0)
-    monkeypatch.setattr("mppnode.app.RpcLimits", quick)
+    monkeypatch.setattr("mppnode.parts.RpcLimits", quick)
 
 
 @pytest.fixture

@@ -95,16 +95,16 @@ async def test_t66_a_repeat_after_a_lost_answer_gets_the_stored_receipt(world: W
 
 def hold_the_close(world: World, monkeypatch: pytest.MonkeyPatch) -> tuple[asyncio.Event, asyncio.Event]:
     """Keep the chain's part of a close pending; returns (it has begun, let it go on)."""
-    assert world.net.node.rail is not None
-    intents: Any = world.net.node.rail._intents
-    close, begun, go_on = intents.close, asyncio.Event(), asyncio.Event()
+    assert world.net.node.treasury is not None
+    settler = world.net.node.treasury.settler
+    bring, begun, go_on = settler.bring, asyncio.Event(), asyncio.Event()
 
-    async def slow(account: Any) -> Any:
+    async def slow(*close: Any, **more: Any) -> Any:
         begun.set()
         await go_on.wait()
-        return await close(account)
+        return await bring(*close, **more)
 
-    monkeypatch.setattr(intents, "close", slow)
+    monkeypatch.setattr(settler, "bring", slow)
     return begun, go_on
 
 

@@ -14,7 +14,7 @@ from channels.faults import Reason
 from channels.units import Units
 from channels.wire.problems import PROBLEMS
 from mppnode.cli.devnet import DevnetOptions
-from mppnode.config.schema import LimitsConfig, SessionConfig
+from mppnode.config.schema import LimitsConfig, SessionConfig, TreasuryConfig
 from mppnode.http.problem import STATUS
 from mppnode.kernel.faults import NodeReason
 from tests.http.test_open_traps import failing, rpc_hook
@@ -182,6 +182,14 @@ async def _insufficient(world: World) -> Reply:
     return await world.buy(chat(stream=False, max_tokens=5_000), world.payer.voucher(channel, UNIT))
 
 
+@reaches(Reason.EXPOSURE_LIMIT)
+async def _exposed(world: World) -> Reply:
+    """The channel owes more than this node lets anybody owe before the chain has paid."""
+    channel = await world.opened()
+    assert (await world.buy(chat(), world.payer.voucher(channel, 2 * UNIT))).status == 200
+    return await world.buy(chat(), world.payer.voucher(channel, 3 * UNIT))
+
+
 # ------------------------------------------------------------------------------------------------------------ the world
 
 
@@ -330,7 +338,13 @@ async def test_each_reason_has_its_status_and_shape(reason: Reason | NodeReason)
     )
     if reason is Reason.RATE_LIMITED:
         session = SessionConfig((V2.protocol, V1.protocol), Units(1_000), Units(100_000), chain_ttl_s=0)
-    options = DevnetOptions(tokens_per_second=0.0, session=session, limits=LimitsConfig(drain_s=1))
+    exposure = 1 if reason is Reason.EXPOSURE_LIMIT else 5_000_000
+    options = DevnetOptions(
+        tokens_per_second=0.0,
+        session=session,
+        limits=LimitsConfig(drain_s=1),
+        treasury=TreasuryConfig(exposure_max=Units(exposure)),
+    )
     async with new_world(options) as world:
         reply = await CASES[reason](world)
         assert (reply.status, reply.code) == (STATUS[reason], reason.value), reply.body

@@ -25,6 +25,8 @@ LEVELS = {
     "mppnode.engine": 6,
     "mppnode.http": 7,
     "mppnode.app": 8,
+    "mppnode.parts": 8,
+    "mppnode.watchtower": 8,
     "mppnode.registry": 8,
     "mppnode.cli": 8,
     "mppnode.payer": 1,

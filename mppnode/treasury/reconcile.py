@@ -1,0 +1,165 @@
+"""Proves that the journal, the accounts, our transactions and the chain tell the same story, channel by channel.
+
+It only reads. What it reads may move meanwhile, so a difference counts only when it is still there at a second look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from functools import reduce
+
+from channels import escrow as escrow_v2
+from channels import escrow_v1
+from channels.account import check, fold
+from channels.chain import Chain
+from channels.descriptor import ChainSnapshot, SessionProtocol
+from channels.ids import ChannelId, Hash32
+from channels.intent import Intent, IntentKind, IntentState
+from channels.model import Account, Phase
+from channels.units import PICO_PER_UNIT
+from channels.verify import closed_in, settled_in
+from mppnode.ledger.base import Ledger, Which
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Two places that disagree about one channel."""
+
+    channel: ChannelId
+    what: str
+    """Which two, e.g. ``journal/account``."""
+    detail: str
+
+    def __str__(self) -> str:
+        return f"0x{self.channel.hex()} {self.what}: {self.detail}"
+
+
+@dataclass(slots=True)
+class Totals:
+    """What was compared. Units."""
+
+    channels: int = 0
+    spent: int = 0
+    settled: int = 0
+    lost: int = 0
+    """Charged and never captured, because the payer got out first."""
+    differences: int = 0
+
+
+class Reconciler:
+    """Compares every channel, or those of a page, with its journal, its transactions and the chain."""
+
+    def __init__(self, ledger: Ledger, chain: Chain) -> None:
+        self._ledger = ledger
+        self._chain = chain
+        self.totals = Totals()
+
+    async def run(self, which: Which = Which.ALL) -> AsyncIterator[Difference]:
+        """Every difference found. Raises ``CHAIN_UNAVAILABLE`` or ``STORE_UNAVAILABLE``: nothing is proved then."""
+        after = None
+        while page := await self._ledger.page(which, after=after):
+            after = page[-1].id
+            states = await self._states([account for account in page if account.phase is not Phase.CLOSED])
+            for account in page:
+                self.totals.channels += 1
+                found = await self._compare(account, states.get(account.id))
+                if found and (again := await self._ledger.load(account.id)) is not None:
+                    now = (await self._states([again])) if again.phase is not Phase.CLOSED else {}
+                    found = await self._compare(again, now.get(again.id))
+                self._count(account)
+                for difference in found:
+                    self.totals.differences += 1
+                    yield difference
+
+    def _count(self, account: Account) -> None:
+        totals = self.totals
+        totals.spent += account.spent
+        if account.phase is Phase.CLOSED:
+            captured = account.close.capture if account.close is not None and account.close.tx_hash else None
+            paid = account.chain.settled if captured is None else captured
+            totals.settled += paid
+            totals.lost += max(min(account.spent, account.owed_pico // PICO_PER_UNIT) - paid, 0)
+        else:
+            totals.settled += account.chain.settled
+
+    async def _states(self, accounts: Sequence[Account]) -> dict[ChannelId, ChainSnapshot]:
+        found: dict[ChannelId, ChainSnapshot] = {}
+        block = (await self._chain.finalised()).number
+        for escrow in {account.escrow for account in accounts}:
+            ids = [account.id for account in accounts if account.escrow == escrow]
+            found |= zip(ids, await self._chain.channel_states(escrow, ids, at_block=block), strict=True)
+        return found
+
+    async def _compare(self, account: Account, state: ChainSnapshot | None) -> list[Difference]:
+        found = await self._against_journal(account)
+        intents = await self._ledger.intents(active=False, channel=account.id)
+        for intent in intents:
+            if intent.state is IntentState.FINAL:
+                found += await self._against_receipt(account, intent)
+        found += _against_chain(account, state, intents) if state is not None else await self._against_close(account)
+        return found
+
+    async def _against_journal(self, account: Account) -> list[Difference]:
+        # The journal is read after the account, so it has at least the entries the account is made of.
+        events = (await self._ledger.journal(account.id))[: account.version]
+        found: list[Difference] = []
+        try:
+            check(account)
+        except AssertionError as broken:
+            found.append(Difference(account.id, "account/law", str(broken)))
+        if len(events) != account.version:
+            detail = f"{len(events)} entries for version {account.version}"
+            found.append(Difference(account.id, "journal/account", detail))
+        elif reduce(fold, events, None) != account:
+            found.append(Difference(account.id, "journal/account", "folding the journal gives another account"))
+        return found
+
+    async def _against_receipt(self, account: Account, intent: Intent) -> list[Difference]:
+        assert intent.tx_hash is not None
+        receipt = await self._chain.receipt(intent.tx_hash)
+        name = f"{intent.kind}/receipt"
+        if receipt is None or not receipt.succeeded:
+            return [Difference(account.id, name, f"0x{intent.tx_hash.hex()} is not on the chain")]
+        event = (closed_in if intent.kind is IntentKind.CLOSE else settled_in)(account.id, account.escrow, receipt.logs)
+        if event is None or event.settled != intent.amount or event.payee != account.descriptor.payee:
+            paid = "nothing" if event is None else str(event.settled)
+            return [Difference(account.id, name, f"meant to pay {intent.amount}, paid {paid}")]
+        return []
+
+    async def _against_close(self, account: Account) -> list[Difference]:
+        """A closed channel: what its end paid out according to the chain's own log."""
+        names = escrow_v2 if account.escrow.protocol is SessionProtocol.V2 else escrow_v1
+        head = (await self._chain.finalised()).number
+        topics = (names.CHANNEL_CLOSED, Hash32(account.id))
+        logs = await self._chain.logs(account.escrow.address, topics=topics, from_block=0, to_block=head)
+        closed = closed_in(account.id, account.escrow, logs)
+        if closed is None:
+            return [Difference(account.id, "close/chain", "the chain has no end of this channel")]
+        if closed.settled > account.spent:
+            return [Difference(account.id, "spent/chain", f"spent {account.spent}, but {closed.settled} was captured")]
+        record = account.close
+        if record is not None and record.tx_hash is not None and record.capture != closed.settled:
+            return [Difference(account.id, "close/chain", f"fixed {record.capture}, captured {closed.settled}")]
+        return []
+
+
+def _against_chain(account: Account, state: ChainSnapshot, intents: Sequence[Intent]) -> list[Difference]:
+    """A channel the books call live."""
+    if any(intent.active for intent in intents) or account.phase is Phase.CAPTURED:
+        return []  # in flight: what the chain says now is not what it will say
+    found: list[Difference] = []
+    facts = (
+        ("deposit/chain", account.chain.deposit, state.deposit),
+        ("settled/chain", account.chain.settled, state.settled),
+    )
+    for what, ours, theirs in facts:
+        if ours != theirs:
+            found.append(Difference(account.id, what, f"books say {ours}, the chain says {theirs}"))
+    if state.settled > account.spent:
+        found.append(Difference(account.id, "spent/chain", f"spent {account.spent}, but {state.settled} was captured"))
+    if state.deposit and state.deposit < account.accepted:
+        found.append(
+            Difference(account.id, "accepted/chain", f"accepted {account.accepted}, deposit {state.deposit}")
+        )
+    return found

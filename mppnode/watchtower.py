@@ -1,0 +1,103 @@
+"""The treasury without a server: settles and closes what nodes have earned, and listens to nobody.
+
+It runs beside nodes on a shared PostgreSQL, where whoever holds the lease does the work, or in the place of a node that
+is down, on its SQLite file. It needs the ledger, the chain and the key that settles; no provider and no port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from dataclasses import replace
+
+import aiohttp
+
+from channels.faults import ChannelFault
+from channels.ids import ChannelId
+from mppnode.config.schema import Config
+from mppnode.kernel.tasks import TaskOwner
+from mppnode.ledger.books import Books
+from mppnode.ledger.life import Life, Lost, Sweeper
+from mppnode.observe.logs import Level
+from mppnode.parts import Treasury, World, account_policy, build_treasury, open_chain, open_ledger
+
+_SETTLE_S = 5.0
+
+
+class Watchtower:
+    """Ledger, chain and treasury. ``start`` it once, ``stop`` it once."""
+
+    def __init__(self, config: Config, world: World, *, name: str = "watchtower", beside: bool = False) -> None:
+        """``beside`` opens a SQLite ledger that a node may have in use; it is for short visits."""
+        self._config = replace(config, node=replace(config.node, name=f"{config.node.name}-{name}"))
+        self._beside = beside
+        self._world = world
+        self._exit = contextlib.AsyncExitStack()
+        self._owner = TaskOwner(self._task_failed)
+        self._daemons = TaskOwner(self._task_failed)
+        self.books: Books
+        self.treasury: Treasury
+        self.life: Life
+
+    async def open(self) -> None:
+        """Open ledger and chain and put the treasury together; nothing moves by itself yet.
+
+        Raises:
+            WrongChain, InstanceLocked, LedgerError, ChannelFault: nothing is left open.
+        """
+        try:
+            await self._open()
+        except BaseException:
+            await self._exit.aclose()
+            raise
+
+    async def _open(self) -> None:
+        config, world = self._config, self._world
+        ledger = open_ledger(config, world, shared=self._beside)
+        await ledger.start()
+        self._exit.push_async_callback(ledger.stop)
+        self.ledger = ledger
+        self.books = Books(ledger, clock=world.clock, policy=account_policy(config), probe=world.probe)
+        self.life = Life(ledger, config.node.name, clock=world.clock, sleep=asyncio.sleep, on_lost=self._lost)
+        await self.life.begin()
+        self._exit.push_async_callback(self.life.end)
+        http = await self._exit.enter_async_context(aiohttp.ClientSession())
+        self.chain = await open_chain(config, world, http)
+        self.treasury = build_treasury(
+            config,
+            world,
+            ledger=ledger,
+            books=self.books,
+            chain=self.chain,
+            life=self.life,
+            owner=self._owner,
+            quiesce=_nothing_runs_here,
+        )
+
+    async def start(self) -> None:
+        """Open everything and begin to work. Raises as :meth:`open`."""
+        await self.open()
+        sweeper = Sweeper(self.ledger, self.books, self.life, ours=lambda _: False)
+        self._daemons.spawn(self.life.keep(), name="beat")
+        self._daemons.spawn(sweeper.keep(asyncio.sleep, self._late), name="sweep")
+        self._daemons.spawn(self.treasury.treasurer.keep(), name="treasury")
+        self._world.log("watchtower.started", chain=self._config.chain.chain_id)
+
+    async def stop(self) -> None:
+        """Begin nothing new, give transactions in flight a moment, close; intents go on at the next start."""
+        await self._daemons.drain(deadline_s=0)
+        await self._owner.drain(deadline_s=_SETTLE_S)
+        await self._exit.aclose()
+
+    def _lost(self, lost: Lost) -> None:
+        self._world.log("node.lost", level=Level.ERROR, fenced=lost.fenced)
+
+    def _late(self, fault: ChannelFault) -> None:
+        self._world.log("sweep.late", level=Level.WARNING, reason=fault.reason.value)
+
+    def _task_failed(self, name: str, error: BaseException) -> None:
+        self._world.log("task.failed", level=Level.ERROR, task=name, error=type(error).__name__)
+
+
+async def _nothing_runs_here(_: ChannelId) -> None:
+    """A watchtower serves nobody, so it has no requests of its own to end."""
