@@ -33,6 +33,7 @@ class Limits:
     delta_min: int = 0
     holds_max: int = 8
     tickets_max: int = 256
+    unsettled_max: int = 2**96
 
 
 @dataclass
@@ -45,10 +46,13 @@ class Facts:
 
 @dataclass
 class Request:
-    """One live request: what it may use in total and what it has been charged so far."""
+    """One live request: what it may use in total, what it has been charged so far, whose it is and of which kind."""
 
     granted_pico: int
     charged_pico: int = 0
+    owner: str = ""
+    stream: bool = True
+    asked: bool = False
 
     @property
     def rest_pico(self) -> int:
@@ -73,6 +77,8 @@ class Auditor:
     top_ups: list[bytes] = field(default_factory=list)
     closing: tuple[str, int] | None = None
     capture: int | None = None
+    closed_by: bytes | None = None
+    used_at: int = 0
 
     # --- sums
 
@@ -88,6 +94,16 @@ class Auditor:
     def free_pico(self) -> int:
         return self.accepted * PICO - self.owed_pico - sum(request.rest_pico for request in self.live.values())
 
+    @property
+    def certain(self) -> int:
+        """Units nobody can take back: the bills of requests that have ended."""
+        return sum(self.bills_pico) // PICO
+
+    @property
+    def cashable(self) -> int:
+        """The most a settlement may bring the chain to: a whole voucher that is used up for certain."""
+        return max([self.chain.settled, *(amount for amount in self.vouchers if amount <= self.certain)])
+
     def _show(self) -> None:
         self.shown = max(self.shown, self.owed_pico // PICO)
 
@@ -97,6 +113,9 @@ class Auditor:
     def _end_all(self) -> None:
         for name in list(self.live):
             self._end(name)
+
+    def _streams(self) -> list[str]:
+        return [name for name, request in self.live.items() if request.stream]
 
     def _heard_in(self, *phases: str) -> Verdict | None:
         if self.phase == "none":
@@ -168,7 +187,19 @@ class Auditor:
 
     # --- requests
 
-    def reserve(self, name: str, ticket: str, expires: int, floor_pico: int, want_pico: int, *, preempt: bool, now: int) -> Verdict:
+    def reserve(
+        self,
+        name: str,
+        ticket: str,
+        expires: int,
+        floor_pico: int,
+        want_pico: int,
+        *,
+        preempt: bool,
+        now: int,
+        owner: str,
+        stream: bool,
+    ) -> Verdict:
         if (refused := self._heard_in("open")) is not None:
             return refused
         if name in self.live:
@@ -177,17 +208,22 @@ class Auditor:
             return Verdict(Reason.CREDENTIAL_USED)
         if len([at for at in self.tickets.values() if at > now]) >= self.limits.tickets_max:
             return Verdict(Reason.RATE_LIMITED)
-        others = {} if preempt else self.live
+        others = {other: request for other, request in self.live.items() if not (preempt and request.stream)}
+        if stream and any(request.stream for request in others.values()):
+            return Verdict(Reason.CHANNEL_BUSY)
         if len(others) >= self.limits.holds_max:
             return Verdict(Reason.CHANNEL_BUSY)
+        if self.shown - self.chain.settled >= self.limits.unsettled_max:
+            return Verdict(Reason.EXPOSURE_LIMIT)
         free = self.accepted * PICO - self.owed_pico - sum(request.rest_pico for request in others.values())
         if free < floor_pico:
             return Verdict(Reason.INSUFFICIENT_BALANCE)
-        if preempt:
-            self._end_all()
+        for other in [other for other in self.live if other not in others]:
+            self._end(other)
         self.tickets = {known: at for known, at in self.tickets.items() if at > now} | {ticket: expires}
         granted = min(want_pico, free)
-        self.live[name] = Request(granted)
+        self.live[name] = Request(granted, owner=owner, stream=stream)
+        self.used_at = max(self.used_at, now)
         return Verdict(granted_pico=granted)
 
     def renew(self, name: str, charged_pico: int, want_pico: int) -> Verdict:
@@ -196,7 +232,7 @@ class Auditor:
         if name not in self.live:
             return Verdict(Reason.HOLD_FENCED)
         request = self.live[name]
-        grown = max(0, want_pico - request.granted_pico) if self.phase == "open" else 0
+        grown = max(0, want_pico - request.granted_pico) if self.phase == "open" and not request.asked else 0
         grown = min(grown, self.free_pico)
         repeat = grown == 0 and charged_pico == request.charged_pico
         request.granted_pico += grown
@@ -216,12 +252,21 @@ class Auditor:
         self._end(name)
         return Verdict(unpaid_pico=total_pico - paid)
 
-    def orphans(self) -> Verdict:
+    def ask_streams(self) -> Verdict:
+        if (refused := self._heard_in("open")) is not None:
+            return refused
+        waiting = [name for name in self._streams() if not self.live[name].asked]
+        for name in waiting:
+            self.live[name].asked = True
+        return DONE if waiting else REPEAT
+
+    def orphans(self, owner: str | None = None) -> Verdict:
         if (refused := self._heard_in("open", "contested", "closing", "suspect")) is not None:
             return refused
-        repeat = not self.live
-        self._end_all()
-        return REPEAT if repeat else DONE
+        gone = [name for name, request in self.live.items() if owner in (None, request.owner)]
+        for name in gone:
+            self._end(name)
+        return DONE if gone else REPEAT
 
     # --- the end
 
@@ -265,8 +310,35 @@ class Auditor:
         self.closing = self.capture = None
         return DONE
 
-    def confirm_closed(self, facts: Facts) -> Verdict:
-        if (refused := self._heard_in("captured")) is not None:
+    def confirm_closed(self, tx_hash: bytes, facts: Facts) -> Verdict:
+        if (refused := self._heard_in("captured", "closed")) is not None:
             return refused
-        self.phase, self.chain = "closed", facts
+        if self.closed_by is not None:
+            return REPEAT if self.closed_by == tx_hash else Verdict(Reason.CHANNEL_FINALIZED)
+        if self.capture is None:  # somebody else ended it before we had fixed anything
+            return Verdict(Reason.CHANNEL_FINALIZED)
+        self.phase, self.chain, self.closed_by = "closed", facts, tx_hash
+        return DONE
+
+    def restore(self, facts: Facts, vouchers: list[int]) -> Verdict:
+        if (refused := self._heard_in("open", "contested", "closing", "captured", "suspect")) is not None:
+            return refused
+        if facts.block < self.chain.block:
+            return Verdict(Reason.CHAIN_UNAVAILABLE)
+        if facts.deposit == 0:
+            return DONE if self._look(facts) else REPEAT
+        covered = [amount for amount in [*self.vouchers, *vouchers] if amount <= facts.deposit]
+        paid_pico = facts.settled * PICO
+        if max(covered, default=-1) * PICO < max(self.owed_pico, paid_pico, self.shown * PICO):
+            return Verdict(Reason.VOUCHER_TOO_LOW)
+        self._end_all()
+        self.bills_pico.append(max(paid_pico - self.owed_pico, 0))
+        self.vouchers, self.chain = covered, facts
+        if self.capture is not None and self.capture < facts.settled:
+            self.closing = self.capture = None
+        self._show()
+        if self.closing is None:
+            self.phase = "open" if facts.asked_at is None else "contested"
+        else:
+            self.phase = "closing" if self.capture is None else "captured"
         return DONE

@@ -10,7 +10,6 @@ from channels.faults import ChannelFault, Reason
 from channels.ids import ZERO_ADDRESS, Address, ChannelId, Hash32
 from channels.instants import UnixSeconds
 from channels.model import (
-    NOBODY,
     Account,
     BeginClose,
     Command,
@@ -76,11 +75,16 @@ def reserve(
     ticket: str = "t",
     expires: int = NOW + 300,
     preempt: bool = True,
-    owner: NodeId = NOBODY,
+    owner: str = "node-1",
     stream: bool = True,
 ) -> Reserve:
     most = floor if want is None else want
-    return Reserve(HoldId(hold), ticket, UnixSeconds(expires), pico(floor), pico(most), preempt, owner, stream)
+    return Reserve(HoldId(hold), ticket, UnixSeconds(expires), pico(floor), pico(most), preempt, NodeId(owner), stream)
+
+
+def buffered(floor: float = 1, want: float | None = None, *, hold: str = "g", ticket: str = "u", owner: str = "node-1") -> Reserve:
+    """A request beside a stream: it ends nobody and is no stream itself."""
+    return reserve(floor, want, hold=hold, ticket=ticket, preempt=False, owner=owner, stream=False)
 
 
 def decide(account: Account | None, command: Command, policy: Policy = POLICY, now: int = NOW) -> Plan[Outcome]:

@@ -6,6 +6,7 @@ import pytest
 
 from channels.descriptor import ChainSnapshot, Escrow
 from channels.faults import Reason
+from channels.ids import Hash32
 from channels.model import (
     AcceptVoucher,
     Account,
@@ -192,7 +193,7 @@ def test_the_exact_closing_voucher_of_a_contract_channel_is_used() -> None:
     account = consumed(40, escrow=V1, rungs=(30, 90))
     assert capture(account, 40) == 40
     closing = after(account, BeginClose("c", voucher(40)))
-    assert closing.ladder == (voucher(40), voucher(90)), "and 30 is no longer the greatest that is spent"
+    assert closing.ladder == (voucher(30), voucher(40), voucher(90))
 
 
 def test_a_capture_is_never_below_what_the_chain_has_paid() -> None:
@@ -207,3 +208,31 @@ def test_a_closed_channel_keeps_its_end() -> None:
     assert account.close is not None
     assert (account.close.challenge_id, account.close.cumulative, account.close.capture, account.close.tx_hash) == ("c", 70, 40, TX)
     assert reason(account, opening()) is Reason.CHANNEL_FINALIZED
+
+
+def test_our_close_is_confirmed_once() -> None:
+    """The same confirmation again is a replay; another transaction cannot have closed it too."""
+    account = after(consumed(40), BeginClose("c", None), FixCapture(), ConfirmClosed(TX, chain(0, block=9)))
+    again = decide(account, ConfirmClosed(TX, chain(0, block=10)))
+    assert (again.events, again.result.replayed) == ((), True)
+    assert reason(account, ConfirmClosed(Hash32(b"\x01" * 32), chain(0, block=9))) is Reason.CHANNEL_FINALIZED
+
+
+def test_a_watcher_may_see_the_end_before_our_receipt_comes() -> None:
+    """The empty slot closes the channel; the receipt then says that it was our close, and with which transaction."""
+    account = after(consumed(40), BeginClose("c", None), FixCapture(), ObserveChain(chain(0, block=8)))
+    assert account.phase is Phase.CLOSED
+    assert account.close is not None
+    assert (account.close.capture, account.close.tx_hash) == (40, None)
+    confirmed = after(account, ConfirmClosed(TX, chain(0, block=9)))
+    assert confirmed.close is not None
+    assert (confirmed.phase, confirmed.close.tx_hash, confirmed.chain.block) == (Phase.CLOSED, TX, 9)
+    assert decide(confirmed, ConfirmClosed(TX, chain(0, block=9))).result.replayed
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_channel_the_payer_withdrew_is_no_close_of_ours(begun: bool) -> None:
+    """Without a fixed capture nothing of ours can have closed it: it is never booked as earned."""
+    account = after(consumed(40), *([BeginClose("c", None)] if begun else []), ObserveChain(chain(0, block=8)))
+    assert account.phase is Phase.CLOSED
+    assert reason(account, ConfirmClosed(TX, chain(0, block=9))) is Reason.CHANNEL_FINALIZED

@@ -15,6 +15,7 @@ from channels.model import (
     BeginClose,
     Command,
     ConfirmClosed,
+    EndStreams,
     Finish,
     FixCapture,
     HoldId,
@@ -25,6 +26,7 @@ from channels.model import (
     ReleaseOrphans,
     Renew,
     Reserve,
+    Restore,
 )
 from tests.support.builders import (
     TX,
@@ -46,12 +48,14 @@ COMMANDS: dict[type[Command], Command] = {
     Reserve: reserve(5, hold="next", ticket="next"),
     Renew: Renew(HoldId("h"), pico(4), pico(20)),
     Finish: Finish(HoldId("h"), pico(7)),
+    EndStreams: EndStreams(),
     ReleaseOrphans: ReleaseOrphans(),
     ObserveChain: ObserveChain(chain(1_000, block=9)),
     BeginClose: BeginClose("another", voucher(100)),
     FixCapture: FixCapture(),
     AbortClose: AbortClose(),
     ConfirmClosed: ConfirmClosed(TX, chain(0, block=9)),
+    Restore: Restore(chain(1_000, block=9), (voucher(150),)),
 }
 P, N, S, L, C, X = Phase.OPEN, Phase.CONTESTED, Phase.SUSPECT, Phase.CLOSING, Phase.CAPTURED, Phase.CLOSED
 LEADS_TO: dict[type[Command], dict[Phase, Phase]] = {
@@ -61,12 +65,14 @@ LEADS_TO: dict[type[Command], dict[Phase, Phase]] = {
     Reserve: {P: P},
     Renew: {P: P, N: N, L: L, S: S},
     Finish: {P: P, N: N, L: L, S: S},
+    EndStreams: {P: P},
     ReleaseOrphans: {P: P, N: N, L: L, S: S},
     ObserveChain: {P: P, N: P, L: L, C: C, S: P},
     BeginClose: {P: L, N: L},
     FixCapture: {L: C, C: C},
     AbortClose: {L: P, C: P},
-    ConfirmClosed: {C: X},
+    ConfirmClosed: {C: X, X: X},
+    Restore: {P: P, N: P, L: L, C: C, S: P},
 }
 """What is not here is refused as ``CHANNEL_FINALIZED``."""
 
@@ -74,7 +80,7 @@ LEADS_TO: dict[type[Command], dict[Phase, Phase]] = {
 @pytest.mark.parametrize("phase", list(Phase), ids=lambda phase: phase.value)
 @pytest.mark.parametrize("kind", list(COMMANDS), ids=lambda kind: kind.__name__)
 def test_every_phase_and_command(kind: type[Command], phase: Phase) -> None:
-    """Each of the 72 pairs leads where the table says or is refused as finalized."""
+    """Each of the 84 pairs leads where the table says or is refused as finalized."""
     account = account_in(phase, held=kind is not FixCapture)
     before = repr(account)
     target = LEADS_TO[kind].get(phase)
