@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Final
+from typing import Any, Final
 
+from mppnode.config.secrets import Secret
 from mppnode.http.openai import ChatSurface
+from mppnode.ledger.base import Ledger, LedgerError
 from mppnode.ledger.sqlite import SqliteStore
 from mppnode.providers.base import ChunkDecoder
 from mppnode.providers.openai_compatible import OpenAIDecoder
 
-STORES: Final = MappingProxyType({"sqlite": SqliteStore})
+
+def _postgres(dsn: Secret[str], **parts: Any) -> Ledger:
+    try:
+        from mppnode.ledger.postgres import PostgresStore
+    except ModuleNotFoundError:
+        raise LedgerError("a PostgreSQL ledger needs the extra: pip install 'mppnode[postgres]'") from None
+    return PostgresStore(dsn, **parts)
+
+
+STORES: Final[Mapping[str, Callable[..., Ledger]]] = MappingProxyType({"sqlite": SqliteStore, "postgres": _postgres})
 SURFACES: Final = (ChatSurface,)
 DECODERS: Final[Mapping[str, Callable[[], ChunkDecoder]]] = MappingProxyType({"openai": OpenAIDecoder})

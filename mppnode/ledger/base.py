@@ -64,7 +64,11 @@ class Budget:
 
 
 class BudgetSpent(Exception):
-    """Sponsoring this transaction would go beyond the budget."""
+    """Sponsoring this transaction would go beyond the budget; ``total`` if it is everybody's and not its sender's."""
+
+    def __init__(self, message: str, *, total: bool = False) -> None:
+        self.total = total
+        super().__init__(message)
 
 
 class Ledger(ChannelStore, Protocol):

@@ -9,14 +9,18 @@ numbers too.
 from __future__ import annotations
 
 import asyncio
+from collections import OrderedDict
 from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 from channels.account import check
 from channels.faults import ChannelFault, Reason
 from channels.ids import ChannelId
 from channels.model import Account, Event, Plan
+
+BATCH_MAX: Final = 512  # steps per commit: 2 ms at the measured 548k row updates/s leaves nobody waiting long
+_KEPT_MAX: Final = 20_000  # about 2 KiB an account: 40 MiB
 
 
 @dataclass(slots=True)
@@ -96,6 +100,55 @@ class Batch:
                 future.set_result(value)
             else:
                 future.set_exception(error)
+
+
+class Rows:
+    """What a writer knows of the rows it has read or written, between its transactions."""
+
+    def __init__(self) -> None:
+        self._accounts: OrderedDict[ChannelId, Account] = OrderedDict()
+        self.soft: dict[ChannelId, Account] = {}
+        """Rows a power cut may take back, and with them news nobody has been told yet."""
+
+    def get(self, channel: ChannelId) -> Account | None:
+        """The account as it was last seen; only versions tell whether it still is."""
+        account = self._accounts.get(channel)
+        if account is not None:
+            self._accounts.move_to_end(channel)
+        return account
+
+    def read(self, account: Account, *, soft: bool) -> Account:
+        """Remember an account that was read. Strangers' ids must not get here: they would push real channels out."""
+        self.soft.pop(account.id, None)
+        if soft:
+            self.soft[account.id] = account
+        return self._remember(account)
+
+    def committed(self, batch: Batch, *, wrote: bool) -> list[Account]:
+        """Take over what a batch has committed; returns what is firm now and may be told."""
+        for change in batch.changes.values():
+            self._remember(change.account)
+        if not batch.firm:
+            self.soft |= {channel: change.account for channel, change in batch.changes.items()}
+            return []
+        if not wrote:  # then nothing was synced either
+            return []
+        # One log for all: whatever was soft up to here is on disk with this commit.
+        firm = [account for channel, account in self.soft.items() if channel not in batch.changes]
+        self.soft.clear()
+        return firm + batch.committed
+
+    def forget(self) -> None:
+        """Nothing is certain any more: read everything again, also which rows are soft."""
+        self._accounts.clear()
+        self.soft.clear()
+
+    def _remember(self, account: Account) -> Account:
+        self._accounts[account.id] = account
+        self._accounts.move_to_end(account.id)
+        while len(self._accounts) > _KEPT_MAX:
+            self._accounts.popitem(last=False)
+        return account
 
 
 def unavailable() -> ChannelFault:

@@ -39,6 +39,7 @@ from channels.model import (
     VoucherAccepted,
 )
 from channels.units import Pico, Units, units
+from mppnode.ledger.base import Grant
 
 _WIDTH: Final = 36  # digits of 2**96 units in pico: 35, and one to spare
 
@@ -356,7 +357,7 @@ _READERS: Final[Mapping[str, Any]] = MappingProxyType(
 )
 
 
-# ---------------------------------------------------------------------------------------------------------- intents
+# ----------------------------------------------------------------------------------------------- intents and grants
 
 INTENT_COLUMNS: Final[tuple[str, ...]] = (
     "id",
@@ -419,3 +420,9 @@ def read_intent(row: Sequence[Any]) -> Intent:
         valid_before=None if valid is None else UnixSeconds(valid),
         block=None if block is None else int(block),
     )
+
+
+def read_grant(row: Sequence[Any]) -> Grant:
+    """A grant from its transaction, sender, most it may cost, and end of validity."""
+    tx_hash, sender, fee_max, valid_before = row
+    return Grant(Hash32(tx_hash), Address(sender), units(int(fee_max)), UnixSeconds(valid_before))

@@ -7,16 +7,16 @@ raises before it has written anything.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
 from typing import Final
 
-from channels.ids import Address, ChannelId, Hash32
-from channels.instants import UnixMillis, UnixSeconds
+from channels.ids import ChannelId, Hash32
+from channels.instants import UnixMillis
 from channels.intent import Intent
 from channels.model import NodeId
-from channels.units import Units, units
-from mppnode.ledger.base import GRACE_S, LEASE_S, Budget, BudgetSpent, Grant, IntentExists
-from mppnode.ledger.rows import INTENT_COLUMNS, intent_row, padded, read_intent
+from channels.units import Units
+from mppnode.ledger.base import GRACE_S, LEASE_S, Budget, Grant, IntentExists
+from mppnode.ledger.rows import INTENT_COLUMNS, intent_row, padded, read_grant, read_intent
+from mppnode.ledger.sponsoring import check_budget
 
 LEASE_MS: Final = int(LEASE_S * 1000)
 GRACE_MS: Final = int(GRACE_S * 1000)
@@ -43,7 +43,7 @@ def beat(db: sqlite3.Connection, node: NodeId, now: UnixMillis) -> bool:
 def leave(db: sqlite3.Connection, node: NodeId) -> None:
     """End a life and what it leads."""
     db.execute("DELETE FROM node WHERE id = ?", (node,))
-    db.execute("DELETE FROM lead WHERE node = ?", (node,))
+    db.execute("DELETE FROM leader WHERE node = ?", (node,))
 
 
 def living(db: sqlite3.Connection, now: UnixMillis) -> frozenset[NodeId]:
@@ -55,9 +55,9 @@ def living(db: sqlite3.Connection, now: UnixMillis) -> frozenset[NodeId]:
 def lead(db: sqlite3.Connection, job: str, node: NodeId, now: UnixMillis) -> bool:
     """Take or keep a job whose term has ended or is ours."""
     changed = db.execute(
-        "INSERT INTO lead (job, node, until) VALUES (?, ?, ?)"
+        "INSERT INTO leader (job, node, until) VALUES (?, ?, ?)"
         " ON CONFLICT (job) DO UPDATE SET node = excluded.node, until = excluded.until"
-        " WHERE lead.node = excluded.node OR lead.until <= ?",
+        " WHERE leader.node = excluded.node OR leader.until <= ?",
         (job, node, now + LEASE_MS, now),
     )
     return changed.rowcount == 1
@@ -110,14 +110,6 @@ def grant(db: sqlite3.Connection, wanted: Grant, budget: Budget, now: UnixMillis
     return True
 
 
-def check_budget(wanted: Grant, budget: Budget, spent: Sequence[tuple[bytes, int]]) -> None:
-    """Compare a wish with what was granted in the last hour, as (sender, units). Raises ``BudgetSpent``."""
-    if sum(1 for sender, _ in spent if sender == wanted.sender) >= budget.grants_per_sender:
-        raise BudgetSpent("the sender's grants of the last hour are used up")
-    if sum(fee for _, fee in spent) + wanted.fee_max > budget.total:
-        raise BudgetSpent("the budget of the last hour is used up")
-
-
 def settle_grant(db: sqlite3.Connection, tx_hash: Hash32, fee: Units) -> None:
     """Write what was paid."""
     db.execute("UPDATE sponsored SET fee = ? WHERE tx_hash = ?", (padded(fee), tx_hash))
@@ -132,11 +124,3 @@ def open_grants(db: sqlite3.Connection, limit: int) -> list[Grant]:
     )
     return [read_grant(row) for row in rows]
 
-
-def read_grant(row: Sequence[object]) -> Grant:
-    """A grant from its columns."""
-    tx_hash, sender, fee_max, valid_before = row
-    assert isinstance(tx_hash, bytes)
-    assert isinstance(sender, bytes)
-    assert isinstance(valid_before, int)
-    return Grant(Hash32(tx_hash), Address(sender), units(int(str(fee_max))), UnixSeconds(valid_before))

@@ -19,30 +19,19 @@ from channels.policy import Policy
 from channels.store import ChannelStore, Step
 from channels.testing.memory_store import MemoryStore
 from channels.units import MAX_UINT96, PICO_PER_UNIT, Pico, Units
-from mppnode.kernel.clock import ManualClock
-from mppnode.ledger.sqlite import SqliteStore
-from tests.support.builders import CHANNEL, NOW, POLICY, chain, opening, pico, reserve, voucher
+from tests.store.shops import LEDGERS, open_shop, step
+from tests.support.builders import CHANNEL, NOW, chain, opening, pico, reserve, voucher
 
 OTHER = ChannelId(b"\x01" * 32)
 
 
-def never(error: BaseException) -> None:
-    raise AssertionError(f"fatal: {error!r}")
-
-
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=["memory", *LEDGERS])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[ChannelStore]:
     if request.param == "memory":
         yield MemoryStore()
         return
-    made = SqliteStore(tmp_path / "ledger.sqlite", clock=ManualClock(), on_fatal=never)
-    await made.start()
-    yield made
-    await made.stop()
-
-
-def step(command: object, policy: Policy = POLICY) -> Step[Outcome]:
-    return lambda account: plan(account, command, now=NOW, policy=policy)  # type: ignore[arg-type]
+    async with open_shop(request.param, tmp_path) as shop:
+        yield await shop.open()
 
 
 async def folded(store: ChannelStore, channel: ChannelId = CHANNEL) -> Account | None:

@@ -15,7 +15,7 @@ CREATE TABLE node (
 ) WITHOUT ROWID;
 
 -- Who does a job that one process should do. It avoids double work and proves nothing.
-CREATE TABLE lead (
+CREATE TABLE leader (
   job   TEXT PRIMARY KEY,
   node  TEXT NOT NULL,
   until INTEGER NOT NULL             -- ms of this machine's clock
