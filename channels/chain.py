@@ -133,6 +133,14 @@ class Chain(Protocol):
         """Token base units of ``owner``, at most 2**96 - 1."""
         ...
 
+    async def gas_of(self, tx: TempoTx, sender: Address) -> int:
+        """The gas ``tx`` would use if it were mined now; its own gas limit and fees are not looked at.
+
+        Raises:
+            ChannelFault: ``CHAIN_REJECTED`` when it would revert.
+        """
+        ...
+
     async def simulate(
         self,
         sender: Address,

@@ -52,6 +52,10 @@ class Form(StrEnum):
     COSIGNED = "cosigned"
 
 
+UNPAID: Final = frozenset({Form.PLACEHOLDER, Form.ENVELOPE})
+"""The two forms that wait for a fee payer."""
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """One call of the batch. ``value`` is native value, which Tempo does not have: anything but zero is suspicious."""
@@ -149,7 +153,7 @@ class SignedTx:
         Raises:
             ValueError: for a form that still waits for its fee payer; that is a mistake of the caller.
         """
-        if self.form in (Form.PLACEHOLDER, Form.ENVELOPE):
+        if self.form in UNPAID:
             raise ValueError("a transaction without its fee payer has no hash yet")
         return keccak256(self.raw)
 
@@ -159,7 +163,7 @@ class SignedTx:
         Raises:
             ValueError: when the sender did not ask for a sponsor; that is a mistake of the caller.
         """
-        if self.form not in (Form.PLACEHOLDER, Form.ENVELOPE):
+        if self.form not in UNPAID:
             raise ValueError("the sender did not leave the fee payer's slot open")
         return SignedTx(
             tx=replace(self.tx, fee_token=fee_token),
@@ -261,7 +265,7 @@ def _form(prefix: int, fee_token: Rlp, slot: Rlp) -> tuple[Form, Address | None]
     else:
         raise _refused("has an unknown fee payer slot")
     # A sender who leaves the fees to a sponsor does not sign the token, so a token there would be anybody's word.
-    if (chosen is None) is not (form in (Form.PLACEHOLDER, Form.ENVELOPE)) and form is not Form.COMPLETE:
+    if (chosen is None) is not (form in UNPAID) and form is not Form.COMPLETE:
         raise _refused("has a fee token its signature does not cover, or lacks one")
     return form, chosen
 

@@ -16,7 +16,7 @@ from channels.descriptor import Descriptor, Escrow, SessionProtocol
 from channels.faults import ChannelFault, Reason
 from channels.ids import ZERO_ADDRESS, Address, ChannelId
 from channels.instants import UnixSeconds
-from channels.tempo_tx import EXPIRING_NONCE_KEY, Form, SignedTx, decode
+from channels.tempo_tx import EXPIRING_NONCE_KEY, UNPAID, Form, SignedTx, decode
 from channels.units import Units
 from channels.voucher import derive_channel_id
 from channels.wire.credential import OpenPayload, TopUpPayload
@@ -32,6 +32,8 @@ class Terms:
     payee: Address
     token: Address
     operator: Address = ZERO_ADDRESS
+    sponsored: bool = False
+    """Whether a v2 transaction may leave its fee to us; what is paid for is then ``channels.sponsor``'s to decide."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +55,7 @@ def verify_open(payload: OpenPayload, terms: Terms, *, now: UnixSeconds) -> Veri
 
     Source: draft-tempo-session, open verification; TIP-1034 ``open``.
     """
-    signed = _signed(payload.transaction, terms.escrow, now)
+    signed = _signed(payload.transaction, terms, now)
     if terms.escrow.protocol is SessionProtocol.V2:
         descriptor, deposit = _v2_open(payload, signed, terms)
     else:
@@ -82,7 +84,7 @@ def verify_top_up(
     if payload.additional_deposit == 0:
         raise ChannelFault(Reason.INVALID_PAYLOAD, field="additionalDeposit", detail="is zero")
     require_descriptor(payload.descriptor, descriptor)
-    signed = _signed(payload.transaction, terms.escrow, now)
+    signed = _signed(payload.transaction, terms, now)
     if signed.sender != descriptor.payer:
         raise _rejected("is not sent by the channel's payer")
     if terms.escrow.protocol is SessionProtocol.V2:
@@ -139,12 +141,13 @@ def _events(escrow: Escrow, logs: Iterable[Log]) -> list[escrow_v2.Event]:
     return decode_events(escrow, logs)
 
 
-def _signed(raw: bytes, escrow: Escrow, now: UnixSeconds) -> SignedTx:
+def _signed(raw: bytes, terms: Terms, now: UnixSeconds) -> SignedTx:
     signed = decode(raw)
     tx = signed.tx
-    if tx.chain_id != escrow.chain_id:
+    if tx.chain_id != terms.escrow.chain_id:
         raise _rejected("is for another chain")
-    if signed.form is not Form.COMPLETE:
+    open_to_us = terms.sponsored and terms.escrow.protocol is SessionProtocol.V2 and signed.form in UNPAID
+    if signed.form is not Form.COMPLETE and not open_to_us:
         raise _rejected("waits for a fee payer, and this node sponsors no fees")
     if tx.nonce_key != EXPIRING_NONCE_KEY or tx.nonce != 0 or tx.valid_before is None:
         raise _rejected("does not use an expiring nonce")

@@ -162,13 +162,19 @@ class AgreeingChain:
         gas: int | None = None,
     ) -> None:
         """See the protocol. One refusal is enough: what is simulated is a stranger's transaction."""
-        results = await self._ask(
+        await self._trials(
             lambda node: node.simulate(sender, calls, fee_token=fee_token, fee_payer=fee_payer, gas=gas)
         )
-        faults = [result for result in results if isinstance(result, ChannelFault)]
-        self._raise_worst(faults, (Reason.CHAIN_REJECTED,))
-        if len(faults) == len(results):
-            raise faults[0]
+
+    async def gas_of(self, tx: TempoTx, sender: Address) -> int:
+        """See the protocol. One refusal is enough, and the lower figure counts: it bounds what we pay for."""
+        return min(await self._trials(lambda node: node.gas_of(tx, sender)))
+
+    async def _trials(self, ask: Callable[[Chain], Awaitable[T]]) -> list[T]:
+        """What the nodes that are up find in a dry run, unless one of them refuses."""
+        results = await self._ask(ask)
+        self._raise_worst([r for r in results if isinstance(r, ChannelFault)], (Reason.CHAIN_REJECTED,))
+        return _answered(results)
 
     # --------------------------------------------------------------------------------------------------- transactions
 
@@ -221,12 +227,7 @@ class AgreeingChain:
 
     async def _answers(self, ask: Callable[[Chain], Awaitable[T]], *, patient: bool = False) -> list[T]:
         """What the nodes that are up say, at least one; the primary first. Raises ``CHAIN_UNAVAILABLE``."""
-        results = await self._ask(ask, patient=patient)
-        answers = [result for result in results if not isinstance(result, ChannelFault)]
-        if not answers:
-            faults = [result for result in results if isinstance(result, ChannelFault)]
-            raise faults[0]
-        return answers
+        return _answered(await self._ask(ask, patient=patient))
 
     async def _ask(
         self, ask: Callable[[Chain], Awaitable[T]], *, patient: bool = False
@@ -274,6 +275,14 @@ def worse(one: ChainSnapshot, other: ChainSnapshot) -> ChainSnapshot:
         close_requested_at=min(requests, default=None),
         block=min(one.block, other.block),
     )
+
+
+def _answered(results: Sequence[T | ChannelFault]) -> list[T]:
+    """The answers among the results; when there is none, the primary's fault is raised."""
+    answers = [result for result in results if not isinstance(result, ChannelFault)]
+    if not answers:
+        raise next(result for result in results if isinstance(result, ChannelFault))
+    return answers
 
 
 def _unavailable(result: object) -> bool:

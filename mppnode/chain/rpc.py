@@ -234,6 +234,10 @@ class RpcChain:
             raise wire.malformed("eth_getLogs")
         return logs
 
+    async def gas_of(self, tx: TempoTx, sender: Address) -> int:
+        reply = await self._trial("eth_estimateGas", wire.request_object(tx, sender))
+        return wire.read_quantity(reply, "eth_estimateGas")
+
     async def simulate(
         self,
         sender: Address,
@@ -289,8 +293,7 @@ class RpcChain:
             fee_token=None if sponsored else fee_token,
             sponsored=sponsored,
         )
-        reply = await self._trial("eth_estimateGas", wire.request_object(draft, sender))
-        estimate = wire.read_quantity(reply, "eth_estimateGas")
+        estimate = await self.gas_of(draft, sender)
         # State moves between estimate and inclusion; unused gas is not paid for, too little of it is a lost settle.
         return replace(draft, gas=estimate + estimate // 5)
 
