@@ -91,7 +91,10 @@ class JsonRpc:
         answers = await self._post(requests)
         if not isinstance(answers, list):  # a node may refuse the whole batch with one error
             raise _refusal(answers) or _unusable("is not a batch")
-        by_id = {answer.get("id"): answer for answer in answers if isinstance(answer, dict)}
+        by_id = {}
+        for answer in answers:
+            if isinstance(answer, dict) and isinstance(answer.get("id"), int):  # a hostile id need not be hashable
+                by_id[answer["id"]] = answer
         return [_result(by_id.get(request["id"]), request["id"]) for request in requests]
 
     def _request(self, method: str, params: Sequence[Any]) -> dict[str, Any]:

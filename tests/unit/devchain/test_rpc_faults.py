@@ -11,7 +11,7 @@ from channels import tip20
 from channels.chain import Receipt
 from channels.descriptor import RESERVE_ADDRESS, Escrow, SessionProtocol
 from channels.faults import ChannelFault, Reason
-from channels.ids import ChannelId
+from channels.ids import Address, ChannelId
 from channels.signature import address_of
 from channels.tempo_tx import Call
 from channels.units import Units
@@ -38,7 +38,7 @@ class Faulty:
 
     async def post(self, body):
         request = json.loads(body)
-        method = request["method"]
+        method = request[0]["method"] + "[]" if isinstance(request, list) else request["method"]
         self.seen.append(method)
         steps = self.script.get(method, [])
         step = steps.pop(0) if steps else None
@@ -167,6 +167,105 @@ async def test_receipts_are_waited_for(world):
     assert (receipt.tx_hash, receipt.succeeded) == (signed.tx_hash, True)
 
 
+async def test_a_sent_transaction_is_not_waited_for(world):
+    """send() ends when a node has taken the bytes, and again when it has them already; no receipt is asked for."""
+    world.dev.halt()
+    signed = await world.payment()
+    for _ in range(2):
+        await world.chain.send(signed.raw)
+    assert RECEIPT not in world.wire.seen[: world.wire.seen.index(SEND) + 1]
+    assert world.slept == []
+    world.dev.resume()
+    assert world.dev.balance(PAYEE) == 5
+
+
+@pytest.mark.parametrize(
+    ("script", "reason"),
+    [
+        (["down"] * 3, Reason.CHAIN_UNAVAILABLE),
+        ([-32005] * 3, Reason.CHAIN_UNAVAILABLE),
+        ([-32003], Reason.CHAIN_REJECTED),
+        (["down", -32003], Reason.CHAIN_REJECTED),
+        (["lost request"] * 3, Reason.CHAIN_OUTCOME_UNKNOWN),
+        (["lost request", "down", "down"], Reason.CHAIN_OUTCOME_UNKNOWN),
+        (["lost request", -32003], Reason.CHAIN_OUTCOME_UNKNOWN),
+        ([-32603, -32603, -32603], Reason.CHAIN_OUTCOME_UNKNOWN),
+        (["lost reply"], None),
+        (["down", None], None),
+        ([-32603, None], None),
+    ],
+)
+async def test_how_a_send_ends(world, script, reason):
+    """What surely never left, what was surely refused and what may be on its way are three different answers."""
+    signed = await world.payment()
+    world.wire.script[SEND] = list(script)
+    if reason is None:
+        await world.chain.send(signed.raw)
+    else:
+        assert await _reason(world.chain.send(signed.raw)) is reason
+    assert sum(world.slept) <= 1
+
+
+async def test_a_refusal_nobody_can_check_is_unknown(world):
+    """A node that refuses bytes and cannot say whether it holds them may be refusing what it has."""
+    signed = await world.payment()
+    world.wire.script[SEND] = [-32003]
+    world.wire.script[RECEIPT] = ["down"] * 3
+    assert await _reason(world.chain.send(signed.raw)) is Reason.CHAIN_OUTCOME_UNKNOWN
+
+
+async def test_nothing_is_prepared_for_another_chain(world):
+    """A client that knows its chain's id builds no transaction from the word of a node that names another one."""
+    pay = Call(PATH_USD, tip20.encode_transfer(tip20.TransferCall(PAYEE, Units(5))))
+    for chain_id in (31337, 1):
+        chain = RpcChain(world.wire, world.clock, limits=RpcLimits(), chain_id=chain_id, sleep=world.sleep)
+        prepared = chain.prepare(PAYER, [pay], fee_token=PATH_USD, entropy=bytes(8))
+        if chain_id == 31337:
+            assert (await prepared).chain_id == chain_id
+        else:
+            assert await _reason(prepared) is Reason.CHAIN_UNAVAILABLE
+
+
+async def test_gas_is_measured_without_sending(world):
+    """gas_of() tells what a transaction would use, and a revert is a rejection."""
+    tx = (await world.payment()).tx
+    assert await world.chain.gas_of(tx, PAYER) == 160_000
+    assert await _reason(world.chain.gas_of(tx, PAYEE)) is Reason.CHAIN_REJECTED
+    world.wire.script["eth_estimateGas"] = ["down"] * 3
+    assert await _reason(world.chain.gas_of(tx, PAYER)) is Reason.CHAIN_UNAVAILABLE
+
+
+V1_ESCROW = Escrow(SessionProtocol.V1, 31337, Address(b"\xe1" * 20))
+V1_REPLY = "0x" + bytes(256).hex()
+BATCHES = {
+    "another order": (lambda batch: batch[::-1], True),
+    "one missing": (lambda batch: batch[:1], False),
+    "one twice": (lambda batch: [batch[0], batch[0]], False),
+    "one refused": (lambda batch: [batch[0], {"id": batch[1]["id"], "error": {"code": -32001, "message": "no"}}], False),
+    "all refused at once": (lambda _batch: {"id": None, "error": {"code": -32600, "message": "no batches"}}, False),
+    "not a batch": (lambda batch: batch[0], False),
+    "noise": (lambda _batch: [7, None], False),
+    "an id that is none": (lambda batch: [batch[0], {**batch[1], "id": [2]}], False),
+    "one malformed": (lambda batch: [batch[0], {**batch[1], "result": "0x00"}], False),
+}
+
+
+@pytest.mark.parametrize("name", BATCHES)
+async def test_replies_to_a_batch(world, name):
+    """Answers are matched by their ids; a batch that lacks one is no answer at all."""
+    change, fine = BATCHES[name]
+
+    def reply(batch):
+        return change([{"jsonrpc": "2.0", "id": entry["id"], "result": V1_REPLY} for entry in batch])
+
+    world.wire.script["eth_call[]"] = [reply] * 6
+    states = world.chain.channel_states(V1_ESCROW, [ChannelId(bytes(32)), ChannelId(b"\1" * 32)], at_block=1)
+    if fine:
+        assert [state.deposit for state in await states] == [0, 0]
+    else:
+        assert await _reason(states) is Reason.CHAIN_UNAVAILABLE
+
+
 def _edit_receipt(**changes):
     return lambda reply: reply | {"result": reply["result"] | changes}
 
@@ -181,6 +280,7 @@ def _edit_receipt(**changes):
         _edit_receipt(logs=None),
         _edit_receipt(logs=[7]),
         _edit_receipt(blockNumber="latest"),
+        _edit_receipt(blockHash=None),
         _edit_receipt(**{"from": "0x00"}),
         lambda reply: reply | {"result": "0x1"},
         lambda reply: reply | {"id": 999_999},
