@@ -141,16 +141,16 @@ class Chain(Protocol):
         """
         ...
 
-    async def simulate(
-        self,
-        sender: Address,
-        calls: Sequence[Call],
-        *,
-        fee_token: Address | None,
-        fee_payer: Address | None = None,
-        gas: int | None = None,
-    ) -> None:
-        """Run a batch without sending it; with ``gas`` under that limit, with ``fee_payer`` at somebody else's expense.
+    async def rehearse(self, tx: TempoTx, sender: Address, *, fee_payer: Address) -> None:
+        """Run a sponsored transaction as it will be sent, with its gas limit, fee token and fee payer, unsent.
+
+        Raises:
+            ChannelFault: ``CHAIN_REJECTED`` when it would revert or could not be paid for.
+        """
+        ...
+
+    async def simulate(self, sender: Address, calls: Sequence[Call], *, fee_token: Address | None) -> None:
+        """Run a batch without sending it.
 
         Raises:
             ChannelFault: ``CHAIN_REJECTED`` when it would revert.

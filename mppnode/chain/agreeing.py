@@ -152,19 +152,13 @@ class AgreeingChain:
         agreed = [log for log in first if log in second]
         return (*agreed, *(log for log in (*first, *second) if log not in agreed))
 
-    async def simulate(
-        self,
-        sender: Address,
-        calls: Sequence[Call],
-        *,
-        fee_token: Address | None,
-        fee_payer: Address | None = None,
-        gas: int | None = None,
-    ) -> None:
-        """See the protocol. One refusal is enough: what is simulated is a stranger's transaction."""
-        await self._trials(
-            lambda node: node.simulate(sender, calls, fee_token=fee_token, fee_payer=fee_payer, gas=gas)
-        )
+    async def rehearse(self, tx: TempoTx, sender: Address, *, fee_payer: Address) -> None:
+        """See the protocol. One refusal is enough: it is a stranger's transaction at our expense."""
+        await self._trials(lambda node: node.rehearse(tx, sender, fee_payer=fee_payer))
+
+    async def simulate(self, sender: Address, calls: Sequence[Call], *, fee_token: Address | None) -> None:
+        """See the protocol. One refusal is enough."""
+        await self._trials(lambda node: node.simulate(sender, calls, fee_token=fee_token))
 
     async def gas_of(self, tx: TempoTx, sender: Address) -> int:
         """See the protocol. One refusal is enough, and the lower figure counts: it bounds what we pay for."""

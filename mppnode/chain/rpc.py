@@ -241,15 +241,12 @@ class RpcChain:
         reply = await self._trial("eth_estimateGas", wire.request_object(tx, sender))
         return wire.read_quantity(reply, "eth_estimateGas")
 
-    async def simulate(
-        self,
-        sender: Address,
-        calls: Sequence[Call],
-        *,
-        fee_token: Address | None,
-        fee_payer: Address | None = None,
-        gas: int | None = None,
-    ) -> None:
+    async def rehearse(self, tx: TempoTx, sender: Address, *, fee_payer: Address) -> None:
+        # With its nonce key and validity: what an envelope costs before its first call runs depends on them.
+        request = wire.request_object(tx, sender) | {"gas": wire.quantity(tx.gas), "feePayer": to_hex(fee_payer)}
+        await self._trial("eth_call", request, "latest")
+
+    async def simulate(self, sender: Address, calls: Sequence[Call], *, fee_token: Address | None) -> None:
         request: dict[str, Any] = {
             "from": to_hex(sender),
             "type": "0x76",
@@ -257,10 +254,6 @@ class RpcChain:
         }
         if fee_token is not None:
             request["feeToken"] = to_hex(fee_token)
-        if fee_payer is not None:
-            request["feePayer"] = to_hex(fee_payer)
-        if gas is not None:
-            request["gas"] = wire.quantity(gas)
         await self._trial("eth_call", request, "latest")
 
     # ---------------------------------------------------------------------------------------------------- transactions

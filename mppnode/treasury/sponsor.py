@@ -7,6 +7,7 @@ opens that revert, or that are never sent, cost no more than the budget of their
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Final
 
 from channels import sponsor as rules
@@ -97,9 +98,8 @@ class Sponsor:
         measured = await self._chain.gas_of(signed.tx, signed.sender)
         promise = check(rules.gas_allowed(measured))
         # The very envelope that will be sent, with its own gas limit: too low a limit reverts at our expense.
-        await self._chain.simulate(
-            signed.sender, signed.tx.calls, fee_token=promise.fee_token, fee_payer=self.address, gas=signed.tx.gas
-        )
+        final = replace(signed.tx, fee_token=promise.fee_token)
+        await self._chain.rehearse(final, signed.sender, fee_payer=self.address)
         cosigned = promise.cosign(self._key.reveal())
         await self._grant(Grant(cosigned.tx_hash, signed.sender, promise.fee_max, promise.valid_before))
         return cosigned

@@ -15,10 +15,12 @@ from channels import escrow as v2
 from channels import escrow_v1 as v1
 from channels import tip20
 from channels.abi import encode
+from channels.chain import fee_of
 from channels.descriptor import ChainSnapshot, Escrow, SessionProtocol
 from channels.faults import ChannelFault, Reason
 from channels.ids import ZERO_ADDRESS, Address, Hash32, to_hex
 from channels.signature import CURVE_ORDER, address_of
+from channels.sponsor import gas_allowed
 from channels.tempo_tx import Call
 from channels.units import Units
 from channels.voucher import VoucherDomain, derive_channel_id, domain_separator
@@ -154,6 +156,31 @@ async def test_a_sponsored_transaction_is_mined(node_url):
         assert await node.chain.balance_of(PATH_USD, STRANGER) == before + 9
         fees = [event for event in tip20.decode_transfers(PATH_USD, receipt.logs) if event.to == FEE_MANAGER]
         assert [event.sender for event in fees] == [PAYEE]
+        assert (receipt.fee_paid(PAYEE, PATH_USD), receipt.fee_paid(PAYER, PATH_USD)) == (fees[0].amount, 0)
+
+
+async def test_the_fee_is_gas_times_price_rounded_up(node_url):
+    """What we compute from gas used and effective price is what the chain took, to the unit."""
+    async with _connected(node_url) as node:
+        pay = Call(PATH_USD, tip20.encode_transfer(tip20.TransferCall(STRANGER, Units(3))))
+        receipt = await node.send(PAYER_KEY, pay)
+        raw = await node.rpc.call("eth_getTransactionReceipt", to_hex(receipt.tx_hash))
+        gas, price = int(raw["gasUsed"], 16), int(raw["effectiveGasPrice"], 16)
+        assert receipt.fee_paid(PAYER, PATH_USD) == fee_of(gas, price) > 0
+        assert receipt.block_hash == bytes.fromhex(raw["blockHash"][2:])
+        # This anvil lets its base fee fall block by block, so a quote of now is near what was paid, and never zero.
+        assert 0 < await node.chain.fee_units(gas) <= 2 * fee_of(gas, price)
+
+
+async def test_blocks_become_final(node_url):
+    """The finalised head trails the newest one and reaches a transaction's block when enough blocks follow."""
+    async with _connected(node_url) as node:
+        pay = Call(PATH_USD, tip20.encode_transfer(tip20.TransferCall(STRANGER, Units(3))))
+        receipt = await node.send(PAYER_KEY, pay)
+        assert (await node.chain.finalised()).number < receipt.block
+        await node.rpc.call("anvil_mine", hex(130), hex(0))  # at one moment: time must not run ahead
+        final = await node.chain.finalised()
+        assert receipt.block <= final.number < (await node.chain.head()).number
 
 
 async def test_a_late_transaction_is_refused(node_url):
@@ -194,6 +221,13 @@ async def test_a_channel_lives_and_pays_on_a_real_evm(node_url):
         ]
         state = await node.chain.channel_state(escrow, channel_id, at_block=opened.block)
         assert state == ChainSnapshot(Units(10_000), Units(0), None, opened.block)
+        both = await node.chain.channel_states(escrow, [Hash32(bytes(32)), channel_id], at_block=opened.block)
+        assert list(both) == [ChainSnapshot(Units(0), Units(0), None, opened.block), state]
+        names = [v1.CHANNEL_OPENED, v1.SETTLED]
+        logs = await node.chain.logs(
+            escrow.address, topics=[names, Hash32(channel_id)], from_block=0, to_block=opened.block
+        )
+        assert [log.topics[0] for log in logs] == [v1.CHANNEL_OPENED]
 
         settle = v1.encode_settle(channel_id, Units(300), domain.sign(channel_id, 300, PAYER_KEY))
         settled = await node.send(PAYEE_KEY, Call(escrow.address, settle))
@@ -239,3 +273,13 @@ async def test_the_evm_refuses_what_we_refuse(node_url):
             assert v1.decode_events(escrow, receipt.logs) == []
         assert (await node.chain.channel_state(escrow, channel_id)).settled == 0
         assert (await node.send(PAYEE_KEY, Call(escrow.address, v1.encode_settle(channel_id, Units(300), good)))).succeeded
+
+
+async def test_a_sponsors_rehearsal_is_a_question_the_node_understands(node_url):
+    """Gas is measured for a half-signed transaction and its final envelope is tried, fee payer, token and gas named."""
+    async with _connected(node_url) as node:
+        pay = Call(PATH_USD, tip20.encode_transfer(tip20.TransferCall(STRANGER, Units(9))))
+        tx = await node.chain.prepare(PAYER, [pay], fee_token=None, entropy=os.urandom(8), sponsored=True)
+        measured = await node.chain.gas_of(tx, PAYER)
+        assert tx.gas <= gas_allowed(measured)
+        await node.chain.rehearse(dataclasses.replace(tx, fee_token=PATH_USD), PAYER, fee_payer=PAYEE)

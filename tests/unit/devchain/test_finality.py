@@ -320,11 +320,12 @@ async def test_quoted_and_charged_fees_agree():
 async def test_a_dry_run_names_its_gas_and_who_pays(world):
     """Too little gas, or a fee payer without money, is refused before anything is signed."""
     rich = World(fees=True)
-    pay = [_pay(1)]
-    await rich.chain.simulate(PAYER, pay, fee_token=PATH_USD, fee_payer=PAYEE, gas=160_000)
-    for who, gas in ((PAYEE, 159_999), (Address(b"\x09" * 20), 160_000)):
+    tx = dataclasses.replace((await rich.signed(PAYER_KEY, _pay(1))).tx, gas=160_000, sponsored=True)
+    await rich.chain.rehearse(tx, PAYER, fee_payer=PAYEE)
+    poor = Address(b"\x09" * 20)
+    for change, who in (({"gas": 159_999}, PAYEE), ({}, poor), ({"calls": (_pay(RICH + 1),)}, PAYEE)):
         with pytest.raises(ChannelFault) as caught:
-            await rich.chain.simulate(PAYER, pay, fee_token=PATH_USD, fee_payer=who, gas=gas)
+            await rich.chain.rehearse(dataclasses.replace(tx, **change), PAYER, fee_payer=who)
         assert caught.value.reason is Reason.CHAIN_REJECTED
 
 

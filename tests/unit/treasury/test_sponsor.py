@@ -565,7 +565,7 @@ class ToyChain:
     async def gas_of(self, _tx, _sender):
         return 160_000
 
-    async def simulate(self, _sender, _calls, **_how):
+    async def rehearse(self, _tx, _sender, *, fee_payer):
         return None
 
     async def finalised(self):
