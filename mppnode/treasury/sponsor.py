@@ -14,7 +14,6 @@ from channels import sponsor as rules
 from channels.chain import Chain, Fate, Receipt
 from channels.descriptor import Descriptor, Escrow
 from channels.faults import ChannelFault, Reason
-from channels.ids import Hash32
 from channels.instants import UnixSeconds
 from channels.signature import address_of
 from channels.sponsor import SponsorPolicy, Sponsorship
@@ -78,9 +77,13 @@ class Sponsor:
         """Co-sign a verified top-up of ``additional`` base units. Raises as :meth:`pay_for_open`."""
         return await self._pay(signed, rules.top_up_call(descriptor, additional, escrow), escrow, expires)
 
-    def final_hash(self, signed: SignedTx) -> Hash32:
-        """The hash the chain knows ``signed`` by once this sponsor has paid for it; promises nothing."""
-        return signed.cosign(self._policy.fee_tokens[0], self._key.reveal()).tx_hash
+    async def find(self, signed: SignedTx) -> SignedTx | None:
+        """What became of ``signed`` if this sponsor has paid for it and the chain has it; promises nothing new.
+
+        A repeat may fail its trial because the first one has taken the payer's money. Raises ``CHAIN_UNAVAILABLE``.
+        """
+        cosigned = signed.cosign(self._policy.fee_tokens[0], self._key.reveal())
+        return None if await self._chain.receipt(cosigned.tx_hash) is None else cosigned
 
     async def _pay(self, signed: SignedTx, call: Call, escrow: Escrow, expires: UnixSeconds) -> SignedTx:
         def check(gas_max: int) -> Sponsorship:
