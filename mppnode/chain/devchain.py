@@ -73,7 +73,7 @@ class DevChain:
     """One development chain; ``handle`` is the whole node. Not thread-safe, and it never waits.
 
     ``on_unknown`` hears every method the chain does not have; ``unknown`` counts them. Public attributes may be set at
-    any time: ``base_fee`` in attodollars per gas, ``finality_lag`` in blocks.
+    any time: ``fees`` says whether they are charged, ``base_fee`` is in attodollars per gas, ``finality_lag`` in blocks.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class DevChain:
         self.finality_lag = finality_lag
         self._clock = clock
         self._offset_s = 0
-        self._fees = fees
+        self.fees = fees
         self._on_unknown = on_unknown
         self._blocks = [_Block(0, self._now(), keccak256(b"genesis"), _NO_HASH, ())]
         self._final = 0
@@ -288,7 +288,7 @@ class DevChain:
         gas = _gas(calls)
         if request.get("gas") is not None and int(request["gas"], 16) < gas:
             raise RpcRefusal(-32000, "intrinsic gas too low")
-        if self._fees and isinstance(request.get("feePayer"), str):
+        if self.fees and isinstance(request.get("feePayer"), str):
             token, payer = (Address(_data(request[name], length=20)) for name in ("feeToken", "feePayer"))
             if self.model.tokens.balances[token, payer] < fee_of(gas, self._price):
                 raise RpcRefusal(-32000, "insufficient funds for the fee")
@@ -344,7 +344,7 @@ class DevChain:
         number = self.head + 1
         self.model.journal.block = number
         price = min(signed.tx.max_fee_per_gas, self.base_fee + signed.tx.max_priority_fee_per_gas)
-        fee = fee_of(_gas(len(signed.tx.calls)), price) if self._fees else 0
+        fee = fee_of(_gas(len(signed.tx.calls)), price) if self.fees else 0
         try:
             with self.model.journal.attempt(commit=True) as fee_logs:
                 if fee:

@@ -26,7 +26,7 @@ from mppnode.ledger.base import Budget, BudgetSpent, Grant, Ledger
 
 GAS_CEILING: Final = 2_000_000
 """No measurement is believed beyond this: as much as the reference server pays for."""
-_PAUSE_S: Final = 60.0  # how long no sponsorship is offered after everybody's budget was found spent
+_PAUSE_S: Final = 60  # how long no sponsorship is offered after everybody's budget was found spent
 
 
 class Sponsor:
@@ -48,7 +48,7 @@ class Sponsor:
         self._policy = policy
         self._budget = budget
         self._clock = clock
-        self._paused_until = 0.0
+        self._paused_until: float = 0
         self.address = address_of(key.reveal())
         """Who pays: needs a balance in the first of the policy's fee tokens."""
 
