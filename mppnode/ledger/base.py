@@ -107,7 +107,10 @@ class Ledger(ChannelStore, Protocol):
         ...
 
     async def lead(self, job: str, node: NodeId) -> bool:
-        """Be the one that does ``job`` for the next :data:`LEASE_S`; avoids double work, proves nothing."""
+        """Be the one that does ``job`` for the next :data:`LEASE_S`; avoids double work, proves nothing.
+
+        A leader whose life has been fenced leads no more: a node that starts again under its name goes on at once.
+        """
         ...
 
     async def add_intent(self, intent: Intent) -> None:

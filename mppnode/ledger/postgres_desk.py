@@ -59,11 +59,12 @@ async def living(db: Connection) -> frozenset[NodeId]:
 
 
 async def lead(db: Connection, job: str, node: NodeId) -> bool:
-    """Take or keep a job whose term has ended or is ours."""
+    """Take or keep a job whose term has ended, whose leader has, or that is ours."""
     done = await db.execute(
         f"INSERT INTO leader (job, node, until) VALUES ($1, $2, now() + $3{_SECONDS})"  # noqa: S608
         " ON CONFLICT (job) DO UPDATE SET node = excluded.node, until = excluded.until"
-        " WHERE leader.node = excluded.node OR leader.until <= now()",
+        " WHERE leader.node = excluded.node OR leader.until <= now()"
+        " OR NOT EXISTS (SELECT 1 FROM node WHERE node.id = leader.node)",
         job,
         node,
         LEASE_S,

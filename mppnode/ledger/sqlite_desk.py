@@ -53,11 +53,12 @@ def living(db: sqlite3.Connection, now: UnixMillis) -> frozenset[NodeId]:
 
 
 def lead(db: sqlite3.Connection, job: str, node: NodeId, now: UnixMillis) -> bool:
-    """Take or keep a job whose term has ended or is ours."""
+    """Take or keep a job whose term has ended, whose leader has, or that is ours."""
     changed = db.execute(
         "INSERT INTO leader (job, node, until) VALUES (?, ?, ?)"
         " ON CONFLICT (job) DO UPDATE SET node = excluded.node, until = excluded.until"
-        " WHERE leader.node = excluded.node OR leader.until <= ?",
+        " WHERE leader.node = excluded.node OR leader.until <= ?"
+        " OR NOT EXISTS (SELECT 1 FROM node WHERE node.id = leader.node)",
         (job, node, now + LEASE_MS, now),
     )
     return changed.rowcount == 1

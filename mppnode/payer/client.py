@@ -390,7 +390,13 @@ class PayingClient:
         except ChannelFault:
             await self._tell(peer, TopUpAnswered(ok=False))
             return
-        async with await self._send(url, b"", self._credential(peer, payload)) as response:
+        try:
+            sending = await self._send(url, b"", self._credential(peer, payload))
+        except (aiohttp.ClientError, OSError):
+            # Said before it is raised: a machine that still waits for this answer puts off every later voucher.
+            await self._tell(peer, TopUpAnswered(ok=False))
+            raise
+        async with sending as response:
             if response.status == _PAYMENT_REQUIRED:
                 _, heard = self._challenged(number, response)
                 await self._tell(peer, heard)

@@ -41,6 +41,8 @@ FUNDS = Units(10**12)
 PROMPT = "tell me everything about channels " * 20
 PROMPT_PICO = len(PROMPT) // 6 * INPUT_PICO
 """A prompt as it is charged with the first token: six bytes to a token."""
+WHOLE_PROMPT_PICO = len(PROMPT) // 4 * INPUT_PICO
+"""And at the end of a whole response, by the provider's report: four bytes to a token."""
 LOSS_UNITS_MAX = WINDOW_UNITS + 64 * OUTPUT_PICO // PICO_PER_UNIT
 """One window, and one read of the upstream beside it: far fewer than 64 tokens at this pace."""
 TOKENS_PER_SECOND = 3_000.0
@@ -121,7 +123,9 @@ class World:
         try:
             accounts = list(await store.page(Which.ALL, limit=100_000))
             for account in accounts:
-                assert reduce(fold, await store.journal(account.id), None) == account
+                # Read after the account, so it may have entries of later: the node behind it goes on settling.
+                entries = (await store.journal(account.id))[: account.version]
+                assert reduce(fold, entries, None) == account
         finally:
             await store.stop()
         return {account.id: account for account in accounts}
@@ -159,7 +163,7 @@ class Auditor:
 
     def price(self, channel: ChannelId) -> int:
         got = self.witness.channels[channel]
-        return got.tokens * OUTPUT_PICO + got.streams * PROMPT_PICO
+        return got.tokens * OUTPUT_PICO + got.streams * PROMPT_PICO + got.whole * (WHOLE_PROMPT_PICO - PROMPT_PICO)
 
     def audit(self, books: dict[ChannelId, Account], *, holds: bool = False) -> None:
         for channel, got in self.witness.channels.items():

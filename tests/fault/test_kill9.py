@@ -15,13 +15,13 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
-from tests.support.postgres import postgres_database
 
 from channels.model import Phase
 from channels.units import PICO_PER_UNIT
 from mppnode.payer.client import PaymentGivenUp
-from tests.fault.crash_world import PROMPT, Auditor, Payer, World, assert_chain_agrees, world
-from tests.support.node_process import INPUT_PICO, OUTPUT_PICO, NodeProcess, nursery
+from tests.fault.crash_world import WHOLE_PROMPT_PICO, Auditor, Payer, World, assert_chain_agrees, world
+from tests.support.node_process import OUTPUT_PICO, NodeProcess, nursery
+from tests.support.postgres import postgres_database
 
 CYCLES = int(os.environ.get("KILL9_CYCLES", "30"))
 SEED = int(os.environ.get("KILL9_SEED", str(random.randrange(10**6))))
@@ -66,7 +66,7 @@ async def settle(net: World, payers: list[Payer], auditor: Auditor) -> int:
     """Stream once more on the same channels, to the end, and close them; returns how many were closed."""
     before = await net.ledger()
     assert await asyncio.gather(*(payer.stream(net.chat, 50) for payer in payers)) == ["complete"] * PAYERS
-    whole = 50 * OUTPUT_PICO + len(PROMPT) // 4 * INPUT_PICO  # the provider's report counts four bytes to a token
+    whole = 50 * OUTPUT_PICO + WHOLE_PROMPT_PICO
     for channel, account in (await net.ledger()).items():
         known = before.get(channel)
         charged = account.owed_pico - (0 if known is None else known.owed_pico)
@@ -80,7 +80,7 @@ async def settle(net: World, payers: list[Payer], auditor: Auditor) -> int:
         assert account.phase is Phase.CLOSED
         assert account.close is not None
         assert account.close.capture == account.spent, "captured is what was spent"
-        assert account.spent * PICO_PER_UNIT <= auditor.price(channel.id) + whole
+        assert account.spent * PICO_PER_UNIT <= auditor.price(channel.id)
     return len(closing)
 
 

@@ -17,6 +17,7 @@ from channels.wire import sse
 from channels.wire.receipt import SessionReceipt
 
 _TOKEN = b'"delta":{"content":"'
+_LAST = b'"finish_reason":"'
 
 
 @dataclass
@@ -25,6 +26,8 @@ class Received:
 
     tokens: int = 0
     streams: int = 0
+    whole: int = 0
+    """Responses that came to their last chunk: those are charged by the provider's report."""
     accepted: int = 0
     spent: int = 0
 
@@ -160,6 +163,8 @@ class _NodeSide(asyncio.Protocol):
     def _dispatch(self) -> None:
         if self._channel is not None and self._event == sse.RECEIPT_EVENT.encode():
             self._channel.hear(sse.parse_receipt_event(self._data.decode()))
+        elif self._channel is not None and not self._event and _LAST in self._data:
+            self._channel.whole += 1
         elif self._channel is not None and not self._event and _TOKEN in self._data:
             self._channel.tokens += 1
             self._channel.streams += self._first

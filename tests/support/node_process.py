@@ -8,6 +8,7 @@ passes, and its end, however sudden, is the end of the socket. A child ends with
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -57,6 +58,8 @@ class Spec:
     provider_url: str
     key: str
     name: str = "node"
+    deposit: int = 2_000_000
+    """Units a payer is told to lock."""
     crash: str = ""
     """``POINT:N``: end by SIGKILL when the point is passed for the N-th time."""
     report: bool = False
@@ -70,7 +73,7 @@ class Spec:
             session=SessionConfig(
                 protocols=(SessionProtocol.V2,),
                 min_deposit=Units(1_000),
-                suggested_deposit=Units(2_000_000),
+                suggested_deposit=Units(self.deposit),
                 window_units_max=WINDOW_UNITS,
                 chain_ttl_s=0,
             ),
@@ -137,6 +140,8 @@ class NodeProcess:
         while await self._line():
             pass
         self.writer.close()
+        with contextlib.suppress(ConnectionError):
+            await self.writer.wait_closed()
 
 
 class Nursery:
@@ -145,6 +150,7 @@ class Nursery:
     def __init__(self) -> None:
         self._born: dict[int, asyncio.Future[tuple[int, asyncio.StreamReader, asyncio.StreamWriter]]] = {}
         self._process: asyncio.subprocess.Process | None = None
+        self._nodes: list[NodeProcess] = []
 
     async def start(self, folder: str) -> None:
         path = f"{folder}/nursery.sock"
@@ -154,7 +160,11 @@ class Nursery:
         )
 
     async def stop(self) -> None:
+        """End every child that is left, then the nursery."""
         assert self._process is not None
+        for node in self._nodes:
+            node.kill()
+            await node.gone()
         assert self._process.stdin is not None
         self._process.stdin.close()
         await self._process.wait()
@@ -174,7 +184,9 @@ class Nursery:
         self._born[number] = future
         self._process.stdin.write(json.dumps({"number": number, "spec": asdict(spec)}).encode() + b"\n")
         pid, reader, writer = await future
-        return NodeProcess(spec, pid, reader, writer)
+        node = NodeProcess(spec, pid, reader, writer)
+        self._nodes.append(node)
+        return node
 
 
 @asynccontextmanager
