@@ -256,6 +256,11 @@ async def test_many_channels_are_read_in_one_round_trip(world):
     assert await world.chain.channel_states(V2, []) == []
 
 
+def test_the_view_has_the_published_selector():
+    """getChannelStatesBatch(bytes32[]) is the name the reference client's interface gives it."""
+    assert v2.GET_CHANNEL_STATES.hex() == "d1f4cda2"
+
+
 async def test_v1_channels_are_read_in_one_round_trip_too(world):
     """The contract has no view over many, so one JSON-RPC batch reads them."""
     call = v1.OpenCall(PAYEE, PATH_USD, Units(1_000), Hash32(bytes(32)), ZERO_ADDRESS)
