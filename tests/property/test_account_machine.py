@@ -68,7 +68,7 @@ class Ledger(RuleBasedStateMachine):
         self.pure: list[m.Account | None] = [None] * len(IDS)
         self.heard: list[m.Account] = []
         self.last: tuple[int, m.Command] | None = None
-        self.shown = [(0, 0, 0, 0)] * len(IDS)
+        self.shown: list[tuple[int, ...]] = [(0, 0, 0, 0)] * len(IDS)
         self.cashed = [0] * len(IDS)
         self.tickets = 0
         self.fatal: list[BaseException] = []
@@ -284,14 +284,19 @@ class Ledger(RuleBasedStateMachine):
         blocks=st.sampled_from([-1, 0, 1, 1]),
         vouchers=st.lists(st.integers(-9, 40), max_size=3),
     )
-    def restore(self, which: int, deposit: int | None, settled: int, asked: int | None, blocks: int, vouchers: list[int]) -> None:
+    def restore(
+        self, *, which: int, deposit: int | None, settled: int, asked: int | None, blocks: int, vouchers: list[int]
+    ) -> None:
         audit = self.audits[which]
         seen, accepted = audit.chain, audit.accepted if audit.vouchers else 0
         there = 0 if deposit is None else max(seen.deposit + deposit, 1)
         facts = Facts(there, min(max(seen.settled, audit.shown) + settled, there), asked, max(seen.block + blocks, 0))
         kept = [max(accepted + more, 0) for more in vouchers]
         command = m.Restore(snapshot(facts), tuple(voucher(amount) for amount in kept))
-        self.run(which, command, audit.restore(facts, kept))
+        if self.run(which, command, audit.restore(facts, kept)) is not None and audit.phase != "closed":
+            # The one way a voucher goes: people have looked, and the deposit that covered it is not there.
+            best, *others = self.shown[which]
+            self.shown[which] = (best if best <= facts.deposit else audit.accepted, *others)
 
     @rule()
     def crash(self) -> None:
