@@ -151,7 +151,6 @@ class Node:
                 min_voucher_delta=session.min_voucher_delta,
                 challenge_ttl_s=session.challenge_ttl_s,
                 chain_ttl_s=session.chain_ttl_s,
-                sponsored=config.treasury.sponsor,
             ),
             mac=ChallengeMac(tuple(secret.reveal() for secret in config.node.challenge_secrets)),
             books=books,

@@ -17,6 +17,7 @@ from channels.descriptor import RESERVE_ADDRESS, Escrow, SessionProtocol
 from channels.ids import ChannelId
 from channels.policy import Policy
 from channels.signature import address_of
+from channels.sponsor import SponsorPolicy
 from channels.verify import Terms
 from mppnode.chain.agreeing import AgreeingChain
 from mppnode.chain.rpc import RpcChain, RpcLimits
@@ -25,7 +26,7 @@ from mppnode.config.schema import Config
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.probe import Probe, unwatched
 from mppnode.kernel.tasks import TaskOwner
-from mppnode.ledger.base import Ledger
+from mppnode.ledger.base import Budget, Ledger
 from mppnode.ledger.books import Books
 from mppnode.ledger.ending import Ending
 from mppnode.ledger.life import Life
@@ -34,6 +35,7 @@ from mppnode.registry import STORES
 from mppnode.treasury.closer import Closer
 from mppnode.treasury.desk import ChainDesk
 from mppnode.treasury.settler import Settler
+from mppnode.treasury.sponsor import Sponsor
 from mppnode.treasury.treasurer import Treasurer, TreasuryPolicy
 from mppnode.treasury.watcher import Watcher
 
@@ -79,7 +81,9 @@ async def open_chain(config: Config, world: World, http: aiohttp.ClientSession) 
     for key, url in urls.items():
         if url is None:
             continue
-        chain = RpcChain(HttpTransport(http, url), world.clock, limits=RpcLimits())
+        chain = RpcChain(
+            HttpTransport(http, url), world.clock, limits=RpcLimits(), chain_id=config.chain.chain_id
+        )
         found = await chain.chain_id()
         if found != config.chain.chain_id:
             raise WrongChain(f"{key} serves chain {found}, but chain.chain_id is {config.chain.chain_id}")
@@ -139,8 +143,20 @@ def build_treasury(
     closer = Closer(
         books=books, settler=settler, chain=chain, ending=ending, quiesce=quiesce, owner=owner, clock=clock
     )
-    terms = {escrow.protocol: Terms(escrow, payee, config.chain.token) for escrow in escrows}
     policy = config.treasury
+    terms = {
+        escrow.protocol: Terms(escrow, payee, config.chain.token, sponsored=policy.sponsor) for escrow in escrows
+    }
+    sponsor = None
+    if policy.sponsor:
+        sponsor = Sponsor(
+            ledger,
+            chain,
+            key=config.chain.payee_key,
+            policy=SponsorPolicy(fee_tokens=(config.chain.fee_token,), fee_units_max=policy.sponsor_fee_max),
+            budget=Budget(policy.sponsor_grants_per_hour, policy.sponsor_budget),
+            clock=clock,
+        )
     treasurer = Treasurer(
         chain=chain,
         ledger=ledger,
@@ -158,5 +174,7 @@ def build_treasury(
             exposure_max=policy.exposure_max,
             idle_close_s=policy.idle_close_s,
         ),
+        chores=() if sponsor is None else (sponsor.settle_open_grants,),
     )
-    return Treasury(ChainDesk(chain, terms=terms, clock=clock, probe=world.probe), settler, closer, treasurer, ending)
+    desk = ChainDesk(chain, terms=terms, clock=clock, sponsor=sponsor, probe=world.probe)
+    return Treasury(desk, settler, closer, treasurer, ending)

@@ -73,7 +73,7 @@ class DevChain:
     """One development chain; ``handle`` is the whole node. Not thread-safe, and it never waits.
 
     ``on_unknown`` hears every method the chain does not have; ``unknown`` counts them. Public attributes may be set at
-    any time: ``fees`` says whether they are charged, ``base_fee`` is in attodollars per gas, ``finality_lag`` in blocks.
+    any time: ``fees`` says whether they are charged, ``base_fee`` is attodollars per gas, ``finality_lag`` blocks.
     """
 
     def __init__(

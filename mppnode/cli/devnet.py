@@ -83,7 +83,7 @@ class DevnetOptions:
         )
     )
     limits: LimitsConfig = field(default_factory=lambda: LimitsConfig(drain_s=2))
-    treasury: TreasuryConfig = TreasuryConfig()
+    treasury: TreasuryConfig = field(default_factory=TreasuryConfig)
     directory: Path | None = None
     payee_key: bytes | None = None
 

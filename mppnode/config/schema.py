@@ -84,7 +84,7 @@ class TreasuryConfig:
     sponsor: bool = False
     sponsor_fee_max: Units = Units(50_000)
     sponsor_budget: Units = Units(1_000_000)
-    sponsor_grants_per_hour: int = 3
+    sponsor_grants_per_hour: int = 10
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Final, Protocol
 from channels.chain import Confirmed
 from channels.descriptor import ChainSnapshot, Escrow
 from channels.ids import ChannelId, Hash32
+from channels.instants import UnixSeconds
 from channels.model import Account
 from channels.units import Units
 from channels.verify import VerifiedOpen
@@ -51,11 +52,18 @@ class ChainIntents(Protocol):
         """Check an open as far as it can be checked without the chain."""
         ...
 
-    async def open(self, escrow: Escrow, payload: OpenPayload, opened: VerifiedOpen) -> Confirmed:
-        """Broadcast an inspected open once and wait for it."""
+    @property
+    def sponsoring(self) -> bool:
+        """Whether v2 challenges should offer to pay the payer's fees just now."""
         ...
 
-    async def top_up(self, account: Account, payload: TopUpPayload) -> Confirmed:
+    async def open(
+        self, escrow: Escrow, payload: OpenPayload, opened: VerifiedOpen, *, expires: UnixSeconds
+    ) -> Confirmed:
+        """Broadcast an inspected open once and wait for it; ``expires`` is the end of the challenge it answers."""
+        ...
+
+    async def top_up(self, account: Account, payload: TopUpPayload, *, expires: UnixSeconds) -> Confirmed:
         """Check, broadcast and confirm a top-up of a channel."""
         ...
 

@@ -64,8 +64,6 @@ class SessionTerms:
     min_voucher_delta: Units
     challenge_ttl_s: int = 300
     chain_ttl_s: int = 5
-    sponsored: bool = False
-    """Whether the node pays the fees of its payers' opens and top-ups."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +129,7 @@ class SessionRail:
             unit_type=offer.unit.unit_type,
             escrow=escrow,
             suggested_deposit=terms.suggested_deposit,
+            fee_payer=escrow.protocol is SessionProtocol.V2 and self._intents.sponsoring,
             min_voucher_delta=terms.min_voucher_delta or None,
             snapshot=snapshot if escrow.protocol is SessionProtocol.V2 else None,
         )
@@ -286,7 +285,7 @@ class SessionRail:
             )
         domain.verify(payload.channel_id, payload.cumulative, signature, opened.descriptor.signer)
         self._books.require_deposit(opened.deposit)
-        confirmed = await self._intents.open(presented.escrow, payload, opened)
+        confirmed = await self._intents.open(presented.escrow, payload, opened, expires=presented.expires)
         command = Open(
             payload.channel_id,
             presented.escrow,
@@ -358,7 +357,7 @@ class SessionRail:
                 return self.receipt(presented, account, tx_hash=tx_hash)
         if account.phase not in (Phase.OPEN, Phase.CONTESTED):
             raise ChannelFault(Reason.CHANNEL_FINALIZED, detail=f"the channel is {account.phase}")
-        confirmed = await self._intents.top_up(account, payload)
+        confirmed = await self._intents.top_up(account, payload, expires=presented.expires)
         plan = await self._books.apply(account.id, RecordTopUp(credential, confirmed.tx_hash, confirmed.chain))
         self._live.checked(account.id)
         return self.receipt(presented, plan.account, tx_hash=plan.result.tx_hash)

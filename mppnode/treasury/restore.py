@@ -88,8 +88,9 @@ class Restorer:
             domain = VoucherDomain(spooled.escrow)
             if derive_channel_id(spooled.escrow, spooled.descriptor) != channel:
                 raise ChannelFault(Reason.DESCRIPTOR_MISMATCH, field="spool", detail="has other terms for this channel")
+            signer = spooled.descriptor.signer
             for voucher in vouchers:
-                domain.verify(channel, voucher.cumulative, parse_signature(voucher.signature), spooled.descriptor.signer)
+                domain.verify(channel, voucher.cumulative, parse_signature(voucher.signature), signer)
         if account is not None:
             return Restore(state, vouchers)
         if state.deposit == 0 or not vouchers:
