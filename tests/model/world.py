@@ -138,7 +138,7 @@ class World:
         self.owners: list[int] = []
         """For each channel a bit for each process that has a request or a hold on it."""
         self._numbers: dict[Channel, int] = {}
-        self._sound: set[tuple[int, int, Stream | int]] = set()
+        self._rests: dict[tuple[bool, int, int, int, Stream], Stream | int] = {}
         self._moves: dict[tuple[Processes, int], tuple[tuple[str, int], ...]] = {}
 
     def start(self) -> tuple[Processes, int]:
@@ -416,10 +416,11 @@ class World:
             requests[changed] = request
         for i, s in enumerate(requests):
             if isinstance(s, Stream):
-                requests[i] = self._rest(processes, (was.account, account), i, s)
-                if (account, i, requests[i]) not in self._sound:
-                    self._judge(account, i, requests[i])
-                    self._sound.add((account, i, requests[i]))
+                question = (processes[s.owner] not in (DEAD, GONE), was.account, account, i, s)
+                rest = self._rests.get(question)
+                if rest is None:
+                    rest = self._rests[question] = self._rest(*question)
+                requests[i] = rest
         channel = Channel(
             account,
             firm,
@@ -429,20 +430,22 @@ class World:
         )
         return self._number(channel)
 
-    def _rest(self, processes: Processes, accounts: tuple[int, int], i: int, s: Stream) -> Stream | int:
-        """A request without what cannot matter any more: the memory of the dead, and of those who have learnt the end."""
-        before, now = (self.books.views[account].holds.get(i) for account in accounts)
-        account = accounts[1]
+    def _rest(self, up: bool, was: int, account: int, i: int, s: Stream) -> Stream | int:
+        """A request after a step from account ``was``, judged and without what cannot matter any more.
+
+        That is the memory of the dead, and of those who have learnt that they were fenced.
+        """
+        before, now = self.books.views[was].holds.get(i), self.books.views[account].holds.get(i)
         if now is not None:
             s = s._replace(charged=-1)
         elif s.charged < 0:
             s = s._replace(charged=before.consumed if before is not None else 0)
-        up = processes[s.owner] not in (DEAD, GONE)
         if not up:
-            s = s._replace(phase=SENT if s.phase == SENT else IDLE, granted=s.delivered, answer=0, sent=s.sent if s.phase == SENT else 0)
+            phase, sent = (SENT, s.sent) if s.phase == SENT else (IDLE, 0)
+            s = s._replace(phase=phase, granted=s.delivered, answer=0, sent=sent)
+        self._judge(account, i, s)
         if now is not None:
             return s
-        self._judge(account, i, s)
         if s.phase == SENT:  # refused, and if it is not the books say so
             if self.books.do(account, "renew", i, s.sent, s.sent + self.bound.window).refused is None:
                 raise Broken(f"I6: request {i} renewed a hold that was taken from it")
@@ -453,10 +456,8 @@ class World:
             return OVER
         return s
 
-    def _judge(self, account: int, i: int, s: Stream | int) -> None:
+    def _judge(self, account: int, i: int, s: Stream) -> None:
         """I1, I3 and I5 for one request and the account it is charged to."""
-        if not isinstance(s, Stream):
-            return
         view = self.books.views[account]
         hold = view.holds.get(i)
         charged = s.charged if hold is None else hold.consumed
