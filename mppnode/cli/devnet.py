@@ -108,6 +108,7 @@ class Devnet:
         self.chain = DevChain(self.clock, chain_id=CHAIN_ID, v1_address=V1_ESCROW)
         self.chain_url = ""
         self.fatal: BaseException | None = None
+        self.spool: Path | None = None
         self.escrow = Escrow(SessionProtocol.V2, CHAIN_ID, RESERVE_ADDRESS)
         self._exit = contextlib.AsyncExitStack()
 
@@ -157,6 +158,7 @@ class Devnet:
                 ledger=self.directory / "ledger.sqlite",
                 host=options.host,
                 port=port,
+                spool=self.spool,
             ),
             chain=ChainConfig(
                 rpc_url=self.chain_url,

@@ -17,7 +17,7 @@ from channels.wire import sse
 from channels.wire.receipt import SessionReceipt
 
 _TOKEN = b'"delta":{"content":"'
-_LAST = (b'"finish_reason":"stop"', b'"finish_reason":"length"')  # the provider's; the node ends cut ones in other words
+_LAST = b'"finish_reason":"'
 
 
 @dataclass
@@ -163,7 +163,7 @@ class _NodeSide(asyncio.Protocol):
     def _dispatch(self) -> None:
         if self._channel is not None and self._event == sse.RECEIPT_EVENT.encode():
             self._channel.hear(sse.parse_receipt_event(self._data.decode()))
-        elif self._channel is not None and not self._event and any(last in self._data for last in _LAST):
+        elif self._channel is not None and not self._event and _LAST in self._data:
             self._channel.whole += 1
         elif self._channel is not None and not self._event and _TOKEN in self._data:
             self._channel.tokens += 1
