@@ -78,6 +78,7 @@ class Faulty:
         await asyncio.wait({work, hangs}, return_when=asyncio.FIRST_COMPLETED)
         hangs.cancel()
         if not work.done():
+            self.hanging.clear()
             work.cancel()
             await asyncio.wait({work})
             raise self._fault()
