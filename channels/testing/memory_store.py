@@ -25,14 +25,18 @@ class MemoryStore:
         self._accounts: dict[ChannelId, Account] = {}
         self._journals: dict[ChannelId, list[Event]] = {}
         self._listeners: list[Callable[[Account], None]] = []
+        self._soft: dict[ChannelId, Account] = {}
 
     async def load(self, channel: ChannelId) -> Account | None:
         """See :meth:`ChannelStore.load`."""
+        self._answered(channel)
         return self._accounts.get(channel)
 
-    async def transact(self, channel: ChannelId, step: Step[R], *, relaxed: bool = False) -> Plan[R]:  # noqa: ARG002
+    async def transact(self, channel: ChannelId, step: Step[R], *, relaxed: bool = False) -> Plan[R]:
         """See :meth:`ChannelStore.transact`; nothing is awaited, so steps are serial by themselves."""
         before = self._accounts.get(channel)
+        if not relaxed:
+            self._answered(channel)
         plan = step(before)
         assert step(before) == plan, "a step is pure"
         if plan.events:
@@ -40,9 +44,17 @@ class MemoryStore:
             assert reduce(fold, plan.events, before) == plan.account, "the events are the account"
             self._accounts[channel] = plan.account
             self._journals.setdefault(channel, []).extend(plan.events)
-            for listener in self._listeners:
-                listener(plan.account)
+            self._soft[channel] = plan.account
+            if not relaxed:
+                self._answered(channel)
         return plan
+
+    def _answered(self, channel: ChannelId) -> None:
+        """Tell what is firm now: like a store on disk, what was relaxed is told when somebody may be shown it."""
+        account = self._soft.pop(channel, None)
+        if account is not None:
+            for listener in self._listeners:
+                listener(account)
 
     def subscribe(self, listener: Callable[[Account], None]) -> None:
         """See :meth:`ChannelStore.subscribe`."""

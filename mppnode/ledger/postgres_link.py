@@ -166,7 +166,10 @@ class Link:
 
     async def open(self) -> None:
         """Connect, so that a node which cannot does not start. Raises ``LedgerError``."""
-        await self._connected()
+        try:
+            await self._connected()
+        except _TROUBLE as error:
+            raise LedgerError(f"cannot use {describe(self._dsn)}: {_reason(error, self._dsn)}") from None
 
     async def close(self) -> None:
         """Tidy up behind us, if the server is still there."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from typing import Any, Final
+from typing import Final
 
 import asyncpg
 
@@ -44,6 +44,7 @@ class Wakeup:
         self._subscribers = subscribers
         self._look = look
         self._connection: Connection | None = None
+        self._pid = 0
         self._pending: dict[ChannelId, None] = {}
         self._to_send = asyncio.Event()
         self._hinted: set[ChannelId] = set()
@@ -76,6 +77,7 @@ class Wakeup:
                 connection = await connect(self._dsn)
                 try:
                     connection.add_termination_listener(lambda _, lost=lost: lost.set())
+                    self._pid = connection.get_server_pid()
                     await connection.add_listener(TOPIC, self._heard)
                     self._connection = connection
                     self._hint.set()  # whatever was said while nobody listened
@@ -85,8 +87,8 @@ class Wakeup:
                     connection.terminate()
             await asyncio.sleep(_RETRY_S)
 
-    def _heard(self, connection: Any, pid: int, _topic: str, payload: str) -> None:
-        if pid == connection.get_server_pid() or len(self._hinted) >= _PENDING_MAX:
+    def _heard(self, _connection: object, pid: int, _topic: str, payload: str) -> None:
+        if pid == self._pid or len(self._hinted) >= _PENDING_MAX:
             return
         with contextlib.suppress(ValueError):  # whoever may connect may write here: a hint is only a reason to look
             self._hinted |= {ChannelId(bytes.fromhex(text)) for text in payload.split(",")}

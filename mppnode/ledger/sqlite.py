@@ -9,7 +9,8 @@ FULL commit makes the earlier NORMAL ones last too.
 Lists are read on a second connection and thread: decoding a page must not keep commits waiting.
 
 ``shared`` opens the file beside other processes of this machine. Then a cached account counts only if the row still has
-its version, which is looked up inside the transaction, and a watch tells subscribers what the others committed.
+its version, which is looked up inside the transaction. A single node has the file to itself but for the operator's
+visits; it asks SQLite once per batch whether there was one. A watch tells subscribers what the others committed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from mppnode.ledger import sqlite_desk as desk
 from mppnode.ledger.base import PAGE, Budget, Grant, Which
 from mppnode.ledger.batch import BATCH_MAX, Batch, Change, Op, Rows, refuse, unavailable
 from mppnode.ledger.rows import COLUMNS, account_columns, read_account, read_journal, terms_column, write_journal
-from mppnode.ledger.sqlite_file import InstanceLock, InstanceLocked, open_reader, open_writer
+from mppnode.ledger.sqlite_file import InstanceLock, InstanceLocked, begin, is_busy, open_reader, open_writer
 from mppnode.ledger.subscribers import Subscribers
 
 __all__ = ["InstanceLock", "InstanceLocked", "SqliteStore"]
@@ -84,6 +85,7 @@ class SqliteStore:
         self._thread: threading.Thread | None = None
         self._queue: queue.SimpleQueue[Op | _JobOp | None] = queue.SimpleQueue()
         self._broken = False
+        self._data_version = -1
         # The writer thread's own:
         self._rows = Rows()
         self._firm = True
@@ -112,8 +114,7 @@ class SqliteStore:
         except BaseException:
             await self.stop()
             raise
-        if self._shared:
-            self._watching = self._owner.start(self._watch(), name="ledger-watch")
+        self._watching = self._owner.start(self._watch(), name="ledger-watch")
 
     async def stop(self) -> None:
         """Commit what is queued, close the file, give the lock back."""
@@ -137,7 +138,7 @@ class SqliteStore:
         self._subscribers.subscribe(listener)
 
     def follow(self, interest: Callable[[], Collection[ChannelId]]) -> None:
-        """See :meth:`Ledger.follow`; only a shared file has other processes."""
+        """See :meth:`Ledger.follow`; beside a single node it is the operator who commits."""
         self._subscribers.follow(interest)
 
     async def load(self, channel: ChannelId) -> Account | None:
@@ -240,7 +241,7 @@ class SqliteStore:
     # --------------------------------------------------------------------------------------------- writer thread
 
     def _connect(self) -> sqlite3.Connection:
-        return open_writer(self._path)
+        return open_writer(self._path, shared=self._shared)
 
     def _run(self, ready: asyncio.Future[None]) -> None:
         assert self._loop is not None
@@ -280,7 +281,8 @@ class SqliteStore:
             if self._broken:  # what was queued before the failure: a disk may work again, its promises do not
                 raise unavailable()
             self._set_durability(connection, firm=batch.firm)
-            connection.execute("BEGIN IMMEDIATE")
+            begin(connection, shared=self._shared)
+            self._look_for_visitors(connection)
             before = connection.total_changes
             for op in ops:
                 self._decide(connection, batch, op)
@@ -295,6 +297,18 @@ class SqliteStore:
             self._loop.call_soon_threadsafe(refuse, [op.future for op in ops])
             return
         self._loop.call_soon_threadsafe(self._deliver, batch, self._rows.committed(batch, wrote=wrote))
+
+    def _look_for_visitors(self, connection: sqlite3.Connection) -> None:
+        """Forget what is cached when somebody else wrote: an operator's command beside a running node, which is rare.
+
+        Beside other workers it would be all the time; there each row's version is asked instead.
+        """
+        if self._shared:
+            return
+        (seen,) = connection.execute("PRAGMA data_version").fetchone()
+        if seen != self._data_version:
+            self._data_version = seen
+            self._rows.forget()
 
     def _set_durability(self, connection: sqlite3.Connection, *, firm: bool) -> None:
         if firm != self._firm:  # it cannot be changed inside a transaction
@@ -352,9 +366,8 @@ class SqliteStore:
 
     def _failed(self, error: Exception) -> None:
         """Let the node decide to stop. On whichever thread met the error, so that nothing is promised after it."""
-        # A backup passes; anything else is the disk. Errors of the binding itself (a closed file) carry no code.
-        busy = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF == sqlite3.SQLITE_BUSY
-        if not busy and not self._broken:
+        # A backup passes; anything else is the disk.
+        if not is_busy(error) and not self._broken:
             self._broken = True
             assert self._loop is not None
             self._loop.call_soon_threadsafe(self._on_fatal, error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import sqlite3
+import time
 from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Final, Self
 from mppnode.ledger.base import LedgerError
 
 SCHEMA: Final = 2
+_LOOK_S: Final = 0.0005
 BUSY_S: Final = 2  # a backup may hold the file this long; the instance lock keeps other nodes away
 
 
@@ -57,8 +59,8 @@ class InstanceLock:
         self.release()
 
 
-def open_writer(path: Path) -> sqlite3.Connection:
-    """Open the file to write, migrated to this program's schema.
+def open_writer(path: Path, *, shared: bool) -> sqlite3.Connection:
+    """Open the file to write, migrated to this program's schema; beside other processes if it is ``shared``.
 
     Raises:
         LedgerError: the schema is newer than this program.
@@ -71,10 +73,37 @@ def open_writer(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA fullfsync = ON")
         _migrate(connection)
+        if shared:
+            connection.execute("PRAGMA busy_timeout = 0")  # begin() waits instead
     except BaseException:
         connection.close()
         raise
     return connection
+
+
+def begin(connection: sqlite3.Connection, *, shared: bool) -> None:
+    """Begin to write; beside other processes this waits its turn, for :data:`BUSY_S` at most.
+
+    SQLite's own wait grows to 100 ms between two looks, and the process that has just written is back before that: the
+    others starve. Half a millisecond is about what it needs to come back.
+    """
+    if not shared:
+        connection.execute("BEGIN IMMEDIATE")
+        return
+    for left in range(int(BUSY_S / _LOOK_S), -1, -1):
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if not is_busy(error) or left == 0:
+                raise
+            time.sleep(_LOOK_S)
+        else:
+            return
+
+
+def is_busy(error: BaseException) -> bool:
+    """Whether somebody else holds the file; errors of the binding itself (a closed file) carry no code."""
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_ERROR) & 0xFF == sqlite3.SQLITE_BUSY
 
 
 def open_reader(path: Path) -> sqlite3.Connection:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
+from typing import Any
+
+import asyncpg
 
 from channels.account import plan
 from channels.model import Command, Outcome
@@ -16,7 +21,7 @@ from mppnode.ledger.base import Ledger
 from mppnode.ledger.postgres import PostgresStore
 from mppnode.ledger.sqlite import SqliteStore
 from tests.support.builders import NOW, POLICY
-from tests.support.postgres import postgres_database
+from tests.support.postgres import postgres_database, run_sql
 
 LEDGERS = ("sqlite", "sqlite-shared", "postgres")
 SHARED = ("sqlite-shared", "postgres")
@@ -52,6 +57,41 @@ class Shop:
         await store.start()
         self._exits.push_async_callback(store.stop)
         return store
+
+    async def sql(self, statement: str) -> list[Any]:
+        """What somebody with the database's own tools sees and does."""
+        if isinstance(self.place, Secret):
+            return await run_sql(self.place.reveal(), statement)
+        connection = sqlite3.connect(self.place, isolation_level=None)
+        try:
+            return connection.execute(statement).fetchall()
+        finally:
+            connection.close()
+
+    async def explain(self, statement: str) -> str:
+        """How the database would run a statement on a table too large to read."""
+        if isinstance(self.place, Path):
+            return str(await self.sql(f"EXPLAIN QUERY PLAN {statement}"))
+        connection = await asyncpg.connect(self.place.reveal())
+        try:
+            await connection.execute("SET enable_seqscan = off")
+            return str(await connection.fetch(f"EXPLAIN {statement}"))
+        finally:
+            await connection.close()
+
+    async def pass_time(self, seconds: int) -> None:
+        """Let the ledger's clock be this much later: our own clock, or the server's times that much earlier."""
+        self.clock.advance(seconds)
+        if self.kind == "postgres":
+            for table, column in (("node", "lease_until"), ("leader", "until"), ("sponsored", "granted_at")):
+                await self.sql(f"UPDATE {table} SET {column} = {column} - interval '{seconds} s'")
+
+
+async def told(condition: Callable[[], bool]) -> None:
+    """Wait until subscribers have made ``condition`` true."""
+    async with asyncio.timeout(PATIENCE_S):
+        while not condition():
+            await asyncio.sleep(0.005)
 
 
 @asynccontextmanager

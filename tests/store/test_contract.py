@@ -196,3 +196,22 @@ async def test_a_cancelled_asker_loses_only_its_answer(store: ChannelStore) -> N
     account = (await store.transact(CHANNEL, step(AcceptVoucher(voucher(300))))).account
     assert account.accepted == 300
     assert await folded(store) == account
+
+
+async def test_a_relaxed_commit_is_told_when_somebody_may_be_shown_it(store: ChannelStore) -> None:
+    """Subscribers hear what survives a power cut, so a relaxed commit waits for the next firm answer."""
+    heard: list[int] = []
+    store.subscribe(lambda account: heard.append(account.version))
+    for command in (opening(), reserve(50)):
+        await store.transact(CHANNEL, step(command))
+    folded_to = Renew(HoldId("h"), pico(20), pico(20))
+    made = await store.transact(CHANNEL, step(folded_to), relaxed=True)
+    again = await store.transact(CHANNEL, step(folded_to), relaxed=True)
+    assert (made.account.version, again.result.replayed, heard) == (3, True, [1, 2])
+    assert await store.load(CHANNEL) == made.account
+    assert heard == [1, 2, 3]
+    await store.transact(CHANNEL, step(Renew(HoldId("h"), pico(30), pico(30))), relaxed=True)
+    await store.transact(CHANNEL, step(Finish(HoldId("h"), pico(31))))
+    assert heard[-1] == max(heard)
+    assert sorted(set(heard)) == heard
+    assert await folded(store) == await store.load(CHANNEL)

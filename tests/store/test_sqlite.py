@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import sqlite3
 from collections.abc import AsyncIterator, Callable
 from functools import reduce
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +16,28 @@ import pytest
 
 from channels.account import fold, plan
 from channels.faults import ChannelFault, Reason
-from channels.model import AcceptVoucher, Account, Command, Finish, HoldId, Outcome, Plan, Renew
+from channels.model import (
+    NOBODY,
+    AcceptVoucher,
+    Account,
+    Command,
+    Finish,
+    Hold,
+    HoldId,
+    Opened,
+    Outcome,
+    Plan,
+    ReleaseOrphans,
+    Renew,
+)
 from channels.store import Step
 from mppnode.kernel.clock import ManualClock
 from mppnode.ledger import sqlite_file
-from mppnode.ledger.base import LedgerError
-from mppnode.ledger.sqlite import InstanceLocked, SqliteStore
-from tests.support.builders import CHANNEL, NOW, POLICY, opening, pico, reserve, voucher
-
-PATIENCE_S = 10
-"""Only a store that has stopped answering makes a test wait this long."""
-
-
-def step(command: Command) -> Step[Outcome]:
-    return lambda account: plan(account, command, now=NOW, policy=POLICY)
+from mppnode.ledger.base import LedgerError, Which
+from mppnode.ledger.rows import account_columns, terms_column, write_journal
+from mppnode.ledger.sqlite import InstanceLock, InstanceLocked, SqliteStore
+from tests.store.shops import PATIENCE_S, step
+from tests.support.builders import CHANNEL, NOW, POLICY, after, opened, opening, pico, reserve, voucher
 
 
 class Disk:
@@ -214,6 +224,122 @@ async def test_a_stopped_store_answers_nothing(rig: Rig) -> None:
     assert await refused(rig, AcceptVoucher(voucher(200))) is Reason.STORE_UNAVAILABLE
 
 
+def schema_one(path: Path) -> None:
+    """A file as the first release wrote it: a live channel and its journal."""
+    connection = sqlite3.connect(path)
+    connection.executescript(resources.files("mppnode.ledger").joinpath("sql/sqlite_001.sql").read_text())
+    account = after(None, opening(), AcceptVoucher(voucher(300)), reserve(40), Renew(HoldId("h"), pico(7), pico(40)))
+    columns = account_columns(account, None)
+    del columns["active_at"], columns["live"]
+    columns |= {"terms": terms_column(account), "holds": '{"h":["40000000","7000000"]}'}
+    marks = ",".join("?" * (len(columns) + 1))
+    connection.execute(f"INSERT INTO channel ({','.join(columns)}, id) VALUES ({marks})", (*columns.values(), CHANNEL))
+    ladder = json.dumps([[str(n), voucher(n).signature.hex()] for n in (100, 300)])
+    entries = [
+        *write_journal([Opened(opened())], None),
+        ("VoucherAccepted", ladder),
+        ("Held", f'["h","40000000","t",{NOW + 300},{NOW}]'),
+        ("Folded", '["h","7000000","40000000"]'),
+    ]
+    for number, (kind, body) in enumerate(entries, 1):
+        connection.execute("INSERT INTO journal VALUES (?, ?, 0, ?, ?)", (CHANNEL, number, kind, body))
+    connection.execute("PRAGMA user_version = 1")
+    connection.commit()
+    connection.close()
+
+
+async def test_a_file_of_the_first_release_is_taken_over(tmp_path: Path) -> None:
+    """Accounts, journals and live holds of schema 1 are there after the update, and serve."""
+    path = tmp_path / "ledger.sqlite"
+    schema_one(path)
+    store = SqliteStore(path, clock=ManualClock(), on_fatal=lambda error: None)
+    await store.start()
+    (account,) = await store.page(Which.HELD)
+    assert account.holds == {"h": Hold(pico(40), pico(7), NOBODY, True)}
+    assert (account.accepted, account.spent, account.version, account.active_at) == (300, 7, 4, NOW)
+    assert reduce(fold, await store.journal(CHANNEL), None) == account
+    made = await store.transact(CHANNEL, step(ReleaseOrphans()))
+    assert dict(made.account.holds) == {}
+    assert await store.page(Which.HELD) == []
+    await store.stop()
+
+
+async def test_a_migration_that_fails_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    """All of the new schema or nothing of it: the old program can go on with the file."""
+    path = tmp_path / "ledger.sqlite"
+    schema_one(path)
+    rig_write(path, "CREATE TABLE sponsored (in_the_way TEXT)")
+    store = SqliteStore(path, clock=ManualClock(), on_fatal=lambda error: None)
+    with pytest.raises(sqlite3.OperationalError):
+        await store.start()
+    connection = sqlite3.connect(path)
+    columns = {row[1] for row in connection.execute("PRAGMA table_info(channel)")}
+    assert connection.execute("PRAGMA user_version").fetchone() == (1,)
+    assert not columns & {"active_at", "live", "soft"}
+    connection.close()
+
+
+async def test_workers_share_what_their_supervisor_has_locked(tmp_path: Path) -> None:
+    """The supervisor's lock keeps other nodes away; its workers open the file beside each other."""
+    path = tmp_path / "ledger.sqlite"
+    workers = [SqliteStore(path, clock=ManualClock(), on_fatal=lambda error: None, shared=True) for _ in range(2)]
+    with InstanceLock(path):
+        for worker in workers:
+            await worker.start()
+        with pytest.raises(InstanceLocked):
+            await SqliteStore(path, clock=ManualClock(), on_fatal=lambda error: None).start()
+        for worker in workers:
+            await worker.stop()
+    alone = SqliteStore(path, clock=ManualClock(), on_fatal=lambda error: None)
+    await alone.start()
+    with pytest.raises(InstanceLocked), InstanceLock(path):
+        pass
+    await alone.stop()
+
+
+# -------------------------------------------------------------------------------------------------------- durability
+
+
+async def test_firm_and_relaxed_commits_ask_for_what_they_need(rig: Rig) -> None:
+    """A batch with a firm step in it syncs the log; one of relaxed steps alone leaves that to the next that does."""
+    levels: list[int] = []
+
+    def noting(command: Command) -> Step[Outcome]:  # runs on the writer's own thread, inside the transaction
+        def run(account: Account | None) -> Plan[Outcome]:
+            levels.append(rig.store.disk.real.execute("PRAGMA synchronous").fetchone()[0])
+            return step(command)(account)
+
+        return run
+
+    full, normal = 2, 1
+    for command in (opening(), reserve(40)):
+        await rig.store.transact(CHANNEL, noting(command))
+    await rig.store.transact(CHANNEL, noting(Renew(HoldId("h"), pico(3), pico(3))), relaxed=True)
+    await rig.store.transact(CHANNEL, noting(Renew(HoldId("h"), pico(4), pico(4))), relaxed=True)
+    assert levels == [full, full, normal, normal]
+    release = asyncio.Event()
+    blocked = rig.store.transact(CHANNEL, waiting(release))  # so that the next two are one batch
+    relaxed = rig.store.transact(CHANNEL, noting(Renew(HoldId("h"), pico(5), pico(5))), relaxed=True)
+    firm = rig.store.transact(CHANNEL, noting(AcceptVoucher(voucher(200))))
+    asked = asyncio.gather(blocked, relaxed, firm)
+    await asyncio.sleep(0)
+    release.set()
+    await asked
+    assert levels[4:] == [full, full]
+
+
+def waiting(release: asyncio.Event) -> Step[Outcome]:
+    """A step that keeps the writer busy until ``release`` is set."""
+
+    def run(account: Account | None) -> Plan[Outcome]:
+        assert account is not None
+        while not release.is_set():
+            pass
+        return Plan(account, (), Outcome())
+
+    return run
+
+
 # ----------------------------------------------------------------------------------------------------- failing disks
 
 
@@ -294,28 +420,50 @@ async def test_real_refusals_of_the_disk_are_fatal(rig: Rig, how: str) -> None:
     assert await refused(rig, AcceptVoucher(voucher(900))) is Reason.STORE_UNAVAILABLE
 
 
-async def test_a_row_changed_by_somebody_else_is_fatal_not_silent(rig: Rig) -> None:
-    """A write that does not find the row it read means that another program writes here."""
+async def test_what_a_visitor_wrote_is_seen_at_once(rig: Rig) -> None:
+    """An operator's command beside a running node: the node's next step starts from what the command committed."""
     await rig.ask(opening())
+    visitor = SqliteStore(rig.path, clock=ManualClock(), on_fatal=rig.fatal.append, shared=True)
+    await visitor.start()
+    try:
+        for amount in (200, 300, 400):
+            await visitor.transact(CHANNEL, lambda a, amount=amount: plan(a, AcceptVoucher(voucher(amount)), now=NOW, policy=POLICY))
+            made = await rig.ask(AcceptVoucher(voucher(amount + 50)))
+            assert made.account.accepted == amount + 50
+    finally:
+        await visitor.stop()
+    account = await rig.store.load(CHANNEL)
+    assert account is not None
+    assert (account.version, rig.fatal) == (7, [])
+
+
+async def test_a_row_that_is_not_the_one_that_was_read_is_fatal_not_silent(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that does not find the row it read means that the laws of the file do not hold: the node stops."""
+    await rig.ask(opening())
+    monkeypatch.setattr(SqliteStore, "_look_for_visitors", lambda *_: None)
     rig_write(rig.path, "UPDATE channel SET version = 7")
     assert await refused(rig, AcceptVoucher(voucher(200))) is Reason.STORE_UNAVAILABLE
     assert len(rig.fatal) == 1
 
 
-async def test_a_busy_file_is_refused_and_passes(rig: Rig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "shared"])
+async def test_a_busy_file_is_refused_and_passes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shared: bool) -> None:
     """A backup that holds the file costs refusals while it lasts, and nothing more."""
     monkeypatch.setattr(sqlite_file, "BUSY_S", 0.01)
-    quick = Rig(tmp_path / "busy.sqlite")
-    await quick.store.start()
-    await quick.ask(opening())
-    backup = sqlite3.connect(quick.path, isolation_level=None)
+    fatal: list[BaseException] = []
+    store = SqliteStore(tmp_path / "busy.sqlite", clock=ManualClock(), on_fatal=fatal.append, shared=shared)
+    await store.start()
+    await store.transact(CHANNEL, step(opening()))
+    backup = sqlite3.connect(tmp_path / "busy.sqlite", isolation_level=None)
     backup.execute("BEGIN IMMEDIATE")
-    assert await refused(quick, AcceptVoucher(voucher(200))) is Reason.STORE_UNAVAILABLE
+    with pytest.raises(ChannelFault) as caught:
+        await store.transact(CHANNEL, step(AcceptVoucher(voucher(200))))
+    assert caught.value.reason is Reason.STORE_UNAVAILABLE
     backup.execute("ROLLBACK")
     backup.close()
-    assert (await quick.ask(AcceptVoucher(voucher(200)))).account.accepted == 200
-    assert quick.fatal == []
-    await quick.store.stop()
+    assert (await store.transact(CHANNEL, step(AcceptVoucher(voucher(200))))).account.accepted == 200
+    assert fatal == []
+    await store.stop()
 
 
 async def test_a_listener_that_fails_takes_no_answers_with_it(rig: Rig) -> None:

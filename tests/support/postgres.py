@@ -8,7 +8,9 @@ shell holding a pipe from us removes server and directory when we are gone, howe
 
 from __future__ import annotations
 
+import asyncio
 import atexit
+import contextlib
 import itertools
 import os
 import pwd
@@ -19,7 +21,7 @@ import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 from urllib.parse import quote
 
 import asyncpg
@@ -123,6 +125,91 @@ class PostgresServer:
             await connection.execute(statement)
         finally:
             await connection.close()
+
+
+class Relay:
+    """Stands between stores and the server, and cuts a connection at the message it is told to.
+
+    ``cut(n)`` breaks the connection of the n-th message from now, before the server has it or, ``after`` its effect,
+    when the server has answered and the answer has not arrived.
+    """
+
+    def __init__(self, server: PostgresServer) -> None:
+        self._server = server
+        self.directory = Path(tempfile.mkdtemp(prefix="mpp-relay-", dir="/tmp"))
+        self.messages = 0
+        self._cut_at = 0
+        self._after = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def cut(self, number: int, *, after: bool) -> None:
+        self.messages, self._cut_at, self._after = 0, number, after
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        server_reader, server_writer = await asyncio.open_unix_connection(self._server.directory / ".s.PGSQL.5432")
+        answers = asyncio.ensure_future(self._answers(server_reader, writer))
+        try:
+            while data := await reader.read(1 << 16):
+                self.messages += 1
+                cut = self.messages == self._cut_at
+                if cut and not self._after:
+                    return
+                if cut:
+                    answers.cancel()
+                server_writer.write(data)
+                if cut:
+                    await _ready(server_reader)
+                    return
+        except (OSError, asyncio.CancelledError):
+            return
+        finally:
+            answers.cancel()
+            server_writer.transport.abort()
+            writer.transport.abort()
+            self._tasks.discard(task)
+
+    async def _answers(self, server: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(OSError):
+            while data := await server.read(1 << 16):
+                writer.write(data)
+        writer.transport.abort()
+
+    async def __aenter__(self) -> Self:
+        self._listening = await asyncio.start_unix_server(self._serve, self.directory / ".s.PGSQL.5432")
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._listening.close()
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        shutil.rmtree(self.directory)
+
+
+async def _ready(server: asyncio.StreamReader) -> None:
+    """Read until the server is ready for the next message, or gone."""
+    tail = b""
+    while data := await server.read(1 << 16):
+        tail = (tail + data)[-6:]
+        if tail[:5] == b"Z\0\0\0\5":
+            return
+
+
+async def run_sql(dsn: str, statement: str, *values: object) -> list[Any]:
+    """Run one statement as somebody else; the rows it gives."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        return [tuple(row) for row in await connection.fetch(statement, *values)]
+    finally:
+        await connection.close()
+
+
+async def cut_connections(dsn: str) -> None:
+    """Let the server end every connection to this database but ours."""
+    await run_sql(dsn, "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND pid <> pg_backend_pid()")
 
 
 _SERVERS: list[PostgresServer] = []

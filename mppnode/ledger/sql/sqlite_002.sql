@@ -4,6 +4,8 @@ ALTER TABLE channel ADD COLUMN active_at INTEGER NOT NULL DEFAULT 0;            
 ALTER TABLE channel ADD COLUMN live INTEGER NOT NULL DEFAULT 0 CHECK (live IN (0, 1));  -- has at least one hold
 ALTER TABLE channel ADD COLUMN soft INTEGER NOT NULL DEFAULT 0 CHECK (soft IN (0, 1));  -- a power cut may take it back
 UPDATE channel SET live = 1 WHERE holds <> '{}';
+UPDATE channel SET active_at = coalesce(
+  (SELECT max(json_extract(body, '$[4]')) FROM journal WHERE journal.channel = channel.id AND kind = 'Held'), 0);
 CREATE INDEX channel_live ON channel (id) WHERE live = 1;
 CREATE INDEX channel_unclosed ON channel (id) WHERE phase <> 'closed';
 
