@@ -118,6 +118,8 @@ class Rules:
     notified_only: bool = False
     reopens_on_timeout: bool = False
     answers_from_soft_rows: bool = False
+    vouchers_in_soft_rows: bool = False
+    grants_in_soft_rows: bool = False
     believes_new_blocks: bool = False
     books_by_hold: bool = False
     """The ledger finds a hold by its name without its channel."""
@@ -255,8 +257,10 @@ class World:
             done = self.books.do(now.account, "renew", i, s.sent, s.sent + self.bound.window)
         if done.refused is not None:
             return self._after(processes, now, now.account, i, s._replace(phase=IDLE, sent=0))
-        firm = now.firm if self.rules.answers_from_soft_rows and done.account == now.account else done.account
+        unchanged = done.account == now.account
+        firm = now.firm if self.rules.answers_from_soft_rows and unchanged else done.account
         self._shown(self.books.views[done.account].spent, firm)
+        firm = now.firm if self.rules.grants_in_soft_rows else firm
         committed = s._replace(phase=ANSWERED, answer=done.granted)
         return self._after(processes, now, done.account, i, committed, firm=firm)
 
@@ -316,7 +320,8 @@ class World:
         for amount in range(view.accepted + 1, most + 1):
             took = self.books.do(now.account, "voucher", amount)
             if took.refused is None:
-                yield f"voucher {amount}", self._after(processes, now, took.account)
+                firm = now.firm if self.rules.vouchers_in_soft_rows else None
+                yield f"voucher {amount}", self._after(processes, now, took.account, firm=firm)
                 if self.rules.notified_only:
                     yield f"voucher {amount}, told", self._after(processes, self._told(now), took.account)
         if now.intent is not None and now.intent.stage == MINED:
@@ -485,6 +490,8 @@ class World:
         inside = 0 if e.closed else e.deposit - e.settled
         if e.payer + e.node + inside != self.bound.deposit + self.bound.top_ups or min(e) < 0:
             raise Broken(f"M1: money came from nowhere or went there: {e}")
+        if self.books.views[now.firm].accepted < view.accepted:
+            raise Broken(f"I7: a power cut would take back an accepted voucher of {view.accepted}")
         if e.node > view.final:
             raise Broken(f"I4: the chain has paid {e.node}, and {view.final} were consumed for good")
         if e.closed == 2 and e.node != view.final:
