@@ -111,6 +111,7 @@ class Node:
         self._daemon(life.keep(), "beat")
         self._daemon(sweeper.keep(asyncio.sleep, self._late), "sweep")
         self._daemon(money.treasurer.keep(), "treasury")
+        self._daemon(money.daily.keep(asyncio.sleep), "reconcile")
         world.probe("listen.before")
         await self._listen(engine, rail, books)
         self._log("node.started", url=self.url, chain=config.chain.chain_id, recovered=recovered)

@@ -34,6 +34,7 @@ from mppnode.observe.logs import Level, Log
 from mppnode.registry import STORES
 from mppnode.treasury.closer import Closer
 from mppnode.treasury.desk import ChainDesk
+from mppnode.treasury.reconcile import DailyReconcile
 from mppnode.treasury.settler import Settler
 from mppnode.treasury.sponsor import Sponsor
 from mppnode.treasury.treasurer import Treasurer, TreasuryPolicy
@@ -64,6 +65,7 @@ class Treasury:
     closer: Closer
     treasurer: Treasurer
     ending: Ending
+    daily: DailyReconcile
 
 
 def open_ledger(config: Config, world: World, *, shared: bool = False) -> Ledger:
@@ -177,4 +179,5 @@ def build_treasury(
         chores=() if sponsor is None else (sponsor.settle_open_grants,),
     )
     desk = ChainDesk(chain, terms=terms, clock=clock, sponsor=sponsor, probe=world.probe)
-    return Treasury(desk, settler, closer, treasurer, ending)
+    daily = DailyReconcile(ledger, chain, node=lambda: life.id, log=world.log)
+    return Treasury(desk, settler, closer, treasurer, ending, daily)

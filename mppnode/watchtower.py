@@ -81,6 +81,7 @@ class Watchtower:
         self._daemons.spawn(self.life.keep(), name="beat")
         self._daemons.spawn(sweeper.keep(asyncio.sleep, self._late), name="sweep")
         self._daemons.spawn(self.treasury.treasurer.keep(), name="treasury")
+        self._daemons.spawn(self.treasury.daily.keep(asyncio.sleep), name="reconcile")
         self._world.log("watchtower.started", chain=self._config.chain.chain_id)
 
     async def stop(self) -> None:

@@ -49,7 +49,7 @@ class Life:
         self._clock = clock
         self._sleep = sleep
         self._on_lost = on_lost
-        self._until = 0.0
+        self._until: float = 0
         self._told = False
         self.id = NodeId("")
 

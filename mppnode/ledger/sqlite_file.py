@@ -90,7 +90,7 @@ def begin(connection: sqlite3.Connection, *, shared: bool) -> None:
     if not shared:
         connection.execute("BEGIN IMMEDIATE")
         return
-    for left in range(int(BUSY_S / _LOOK_S), -1, -1):
+    for left in range(int(BUSY_S // _LOOK_S), -1, -1):
         try:
             connection.execute("BEGIN IMMEDIATE")
         except sqlite3.OperationalError as error:

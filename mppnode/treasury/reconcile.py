@@ -5,21 +5,29 @@ It only reads. What it reads may move meanwhile, so a difference counts only whe
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from typing import Final
 
 from channels import escrow as escrow_v2
 from channels import escrow_v1
 from channels.account import check, fold
 from channels.chain import Chain
 from channels.descriptor import ChainSnapshot, SessionProtocol
+from channels.faults import ChannelFault
 from channels.ids import ChannelId, Hash32
 from channels.intent import Intent, IntentKind, IntentState
-from channels.model import Account, Phase
+from channels.model import Account, NodeId, Phase
 from channels.units import PICO_PER_UNIT
 from channels.verify import closed_in, settled_in
 from mppnode.ledger.base import Ledger, Which
+from mppnode.observe.logs import Level, Log
+
+JOB: Final = "reconcile"
+DAY_S: Final = 86_400.0
+FIRST_S: Final = 3_600.0
+_LOGGED_MAX: Final = 100  # lines of one run: what is wrong with the hundred-first is wrong with the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +150,40 @@ class Reconciler:
         if record is not None and record.tx_hash is not None and record.capture != closed.settled:
             return [Difference(account.id, "close/chain", f"fixed {record.capture}, captured {closed.settled}")]
         return []
+
+
+class DailyReconcile:
+    """Runs the comparison once a day on one of the nodes and logs what differs."""
+
+    def __init__(self, ledger: Ledger, chain: Chain, *, node: Callable[[], NodeId], log: Log) -> None:
+        self._ledger = ledger
+        self._chain = chain
+        self._node = node
+        self._log = log
+
+    async def keep(self, sleep: Callable[[float], Awaitable[None]]) -> None:
+        """Work until cancelled; the first time after an hour, when a restart's own work is done."""
+        pause = FIRST_S
+        while True:
+            await sleep(pause)
+            pause = DAY_S
+            try:
+                if await self._ledger.lead(JOB, self._node()):
+                    await self.run()
+            except ChannelFault as fault:
+                self._log("reconcile.late", level=Level.WARNING, reason=fault.reason.value)
+                pause = FIRST_S
+
+    async def run(self) -> Totals:
+        """Compare everything once. Raises as :meth:`Reconciler.run`."""
+        reconciler = Reconciler(self._ledger, self._chain)
+        async for difference in reconciler.run():
+            if reconciler.totals.differences <= _LOGGED_MAX:
+                channel = "0x" + difference.channel.hex()
+                self._log("reconcile.difference", level=Level.ERROR, channel=channel, what=difference.what)
+        totals = reconciler.totals
+        self._log("reconcile.done", channels=totals.channels, differences=totals.differences, lost=totals.lost)
+        return totals
 
 
 def _against_chain(account: Account, state: ChainSnapshot, intents: Sequence[Intent]) -> list[Difference]:
