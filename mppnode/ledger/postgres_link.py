@@ -125,7 +125,11 @@ async def connect(dsn: Secret[str]) -> Connection:
     try:
         async with asyncio.timeout(_CONNECT_S):
             connection = await asyncpg.connect(dsn.reveal(), server_settings={"application_name": "mppnode"})
-            await connection.execute(_SESSION)
+            try:
+                await connection.execute(_SESSION)
+            except BaseException:  # cancelled, mostly: a listener that is stopped while it connects
+                connection.terminate()
+                raise
     except (*_TROUBLE, ValueError) as error:
         # Neither the error nor its context is kept: some quote the URL, all hold it in their frames.
         raise LedgerError(f"cannot connect to {describe(dsn)}: {_reason(error, dsn)}") from None

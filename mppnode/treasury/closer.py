@@ -112,7 +112,8 @@ class Closer:
             if fault.reason is Reason.CHAIN_REJECTED and first:
                 await self._books.apply(channel, AbortClose())
             elif fault.reason is Reason.CHANNEL_FINALIZED:
-                seen = await self._chain.channel_state(account.escrow, account.id)
+                block = (await self._chain.finalised()).number
+                seen = await self._chain.channel_state(account.escrow, account.id, at_block=block)
                 await self._books.apply(channel, ObserveChain(seen))
             raise
         closed = await self._books.apply(channel, ConfirmClosed(landed.tx_hash, landed.chain))

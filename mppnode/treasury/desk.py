@@ -142,8 +142,12 @@ class ChainDesk:
         return await self._once(ChannelId(signed.expiring_nonce_hash), run)
 
     async def observe(self, account: Account) -> ChainSnapshot:
-        """The escrow's word on a channel at the newest block. Raises ``CHAIN_UNAVAILABLE``."""
-        return await self._chain.channel_state(account.escrow, account.id)
+        """The escrow's word on a channel at the newest final block. Raises ``CHAIN_UNAVAILABLE``.
+
+        A withdrawal in a block that is then replaced would end the channel in the books for ever.
+        """
+        block = (await self._chain.finalised()).number
+        return await self._chain.channel_state(account.escrow, account.id, at_block=block)
 
     async def _send(self, raw: bytes) -> Receipt:
         self._probe("payer_broadcast.before")

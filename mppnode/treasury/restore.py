@@ -64,7 +64,8 @@ class Restorer:
         spooled = self._spooled.get(channel)
         source = account or spooled
         assert source is not None, "a channel is listed because the books or the spool have it"
-        state = await self._chain.channel_state(source.escrow, channel)
+        block = (await self._chain.finalised()).number
+        state = await self._chain.channel_state(source.escrow, channel, at_block=block)
         try:
             command = self._command(channel, account, spooled, state)
             if command is None:

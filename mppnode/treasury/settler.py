@@ -112,7 +112,7 @@ class Settler:
                 for intent in await self._ledger.intents(active=False, channel=account.id)
                 if (intent.kind, intent.amount) == (kind, amount)
             ]
-            state = await self._chain.channel_state(account.escrow, account.id)
+            state = await self._final_state(account)
             for intent in tried:
                 if intent.state is IntentState.FINAL and intent.tx_hash is not None:
                     return Landed(intent.tx_hash, state)
@@ -125,7 +125,7 @@ class Settler:
             if intent.state is IntentState.FINAL:
                 return await self._landed(intent, account)
             # It also fails when somebody else's transaction was mined just before it.
-            state = await self._chain.channel_state(account.escrow, account.id)
+            state = await self._final_state(account)
             if state.deposit == 0:
                 return await self._found_closed(account, amount, state)
             raise ChannelFault(Reason.CHAIN_REJECTED, field=kind.value, detail=f"transaction is {intent.state}")
@@ -276,6 +276,10 @@ class Settler:
         return after
 
     # --------------------------------------------------------------------------------------------------- the ends
+
+    async def _final_state(self, account: Account) -> ChainSnapshot:
+        block = (await self._chain.finalised()).number
+        return await self._chain.channel_state(account.escrow, account.id, at_block=block)
 
     async def _landed(self, intent: Intent, account: Account) -> Landed:
         assert intent.tx_hash is not None

@@ -243,7 +243,8 @@ class Treasurer:
         account = await self._books.load(channel)
         if account is None:
             raise ChannelFault(Reason.CHANNEL_NOT_FOUND, detail="no such channel")
-        seen = await self._chain.channel_state(account.escrow, channel)
+        block = (await self._chain.finalised()).number
+        seen = await self._chain.channel_state(account.escrow, channel, at_block=block)
         account = (await self._books.apply(channel, ObserveChain(seen))).account
         if account.phase is not Phase.OPEN:
             raise ChannelFault(Reason.CHANNEL_FINALIZED, detail=f"the channel is {account.phase}")
