@@ -49,7 +49,8 @@ __all__ = ["InstanceLock", "InstanceLocked", "SqliteStore"]
 R = TypeVar("R")
 Job = Callable[[sqlite3.Connection], R]
 
-_WATCH_S: Final = 0.05  # between two looks for other processes' commits
+_WATCH_S: Final = 0.05  # between two looks for other workers' commits
+_VISITS_S: Final = 0.25  # and for an operator's, which are rare
 _ASKED_MAX: Final = 500  # parameters of one statement
 _WANTED: Final = {
     Which.ALL: "1",
@@ -86,6 +87,8 @@ class SqliteStore:
         self._queue: queue.SimpleQueue[Op | _JobOp | None] = queue.SimpleQueue()
         self._broken = False
         self._data_version = -1
+        self._visited = False
+        self._commits = 0
         # The writer thread's own:
         self._rows = Rows()
         self._firm = True
@@ -282,6 +285,7 @@ class SqliteStore:
                 raise unavailable()
             self._set_durability(connection, firm=batch.firm)
             begin(connection, shared=self._shared)
+            self._commits += 1
             self._look_for_visitors(connection)
             before = connection.total_changes
             for op in ops:
@@ -307,6 +311,7 @@ class SqliteStore:
             return
         (seen,) = connection.execute("PRAGMA data_version").fetchone()
         if seen != self._data_version:
+            self._visited = self._data_version != -1
             self._data_version = seen
             self._rows.forget()
 
@@ -404,6 +409,28 @@ class SqliteStore:
 
     async def _watch(self) -> None:
         """Tell subscribers what other processes committed."""
+        await (self._watch_others() if self._shared else self._watch_visitors())
+
+    async def _watch_visitors(self) -> None:
+        """The writer notices a visitor at its next batch; only when it has none it is asked to look.
+
+        Looking from the reader's connection would take every commit of our own for somebody's.
+        """
+        commits = 0
+        while True:
+            await asyncio.sleep(_VISITS_S)
+            known = self._subscribers.followed()
+            if not known or self._broken:
+                continue
+            with contextlib.suppress(ChannelFault):  # busy: looked at again in a moment
+                if self._commits == commits:
+                    await self._do(lambda _: None, relaxed=True)
+                commits = self._commits
+                if self._visited:
+                    self._visited = False
+                    self._subscribers.tell(await self._firm_accounts(partial(_newer, known)))
+
+    async def _watch_others(self) -> None:
         seen, watched = -1, frozenset[ChannelId]()
         while True:
             await asyncio.sleep(_WATCH_S)
