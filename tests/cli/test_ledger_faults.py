@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import resource
 import shutil
 import sqlite3
-from collections.abc import AsyncIterator
+import subprocess
+from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -85,6 +87,42 @@ async def test_a_file_that_cannot_be_written_is_named_at_the_start(shop: Desk) -
     ran = await shop.run("serve", config="own.toml")
     assert ran.status == 1
     assert ran.err.startswith("mppnode: cannot start: ")
+
+
+@pytest.fixture
+def small_disk(shop: Desk) -> Iterator[Path]:
+    """A disk of two megabytes under the ledger; making one needs the right to mount."""
+    folder = shop.folder / "own"
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True, check=False)
+    if made.returncode != 0:
+        pytest.skip("no right to mount a small disk; the test above limits the size of files instead")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+async def test_a_small_disk_that_fills_up_and_is_then_read_only(shop: Desk, small_disk: Path) -> None:
+    """A real full disk ends the node with status 1; remounted read-only it is named at the start, and nothing is written."""
+    async with service(shop, "serve", "own.toml") as served:
+        await served.until("node.started")
+        payer = shop.payer()
+        assert await shop.stream(payer, 40, chat(served)) == 40
+        with contextlib.suppress(OSError), (small_disk / "ballast").open("wb") as ballast:
+            while ballast.write(bytes(4096)):
+                ballast.flush()
+        assert await cut_off(shop, payer, chat(served))
+        async with asyncio.timeout(PATIENCE_S):
+            assert await served.process.wait() == 1
+    (small_disk / "ballast").unlink()
+    assert (await shop.run("reconcile", config="own.toml")).status == 0
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    before = (small_disk / "ledger.sqlite").read_bytes()
+    ran = await shop.run("serve", config="own.toml")
+    assert ran.status == 1
+    assert ran.err.startswith("mppnode: cannot start: ")
+    assert len(ran.err.splitlines()) == 1
+    assert (small_disk / "ledger.sqlite").read_bytes() == before
 
 
 async def test_a_locked_file_is_waited_for_and_refused_politely(shop: Desk) -> None:
