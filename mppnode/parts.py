@@ -143,7 +143,14 @@ def build_treasury(
     )
     ending = Ending(books, clock=clock, sleep=asyncio.sleep)
     closer = Closer(
-        books=books, settler=settler, chain=chain, ending=ending, quiesce=quiesce, owner=owner, clock=clock
+        ledger=ledger,
+        books=books,
+        settler=settler,
+        chain=chain,
+        ending=ending,
+        quiesce=quiesce,
+        owner=owner,
+        clock=clock,
     )
     policy = config.treasury
     terms = {

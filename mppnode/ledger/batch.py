@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Awaitable, Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -18,6 +18,7 @@ from channels.account import check
 from channels.faults import ChannelFault, Reason
 from channels.ids import ChannelId
 from channels.model import Account, Event, Plan
+from mppnode.ledger.rows import BrokenRow
 
 BATCH_MAX: Final = 512  # steps per commit: 2 ms at the measured 548k row updates/s leaves nobody waiting long
 _KEPT_MAX: Final = 20_000  # about 2 KiB an account: 40 MiB
@@ -149,6 +150,32 @@ class Rows:
         while len(self._accounts) > _KEPT_MAX:
             self._accounts.popitem(last=False)
         return account
+
+
+Found = tuple[Account | BrokenRow, bool]
+"""What a row holds, and whether it is soft."""
+
+
+def lawful(found: Iterable[Found], *, report: bool) -> list[tuple[Account, bool]]:
+    """The accounts among rows of a list. A broken one must not hide the others; those who ask for it get its error."""
+    accounts = []
+    for account, soft in found:
+        if isinstance(account, Account):
+            accounts.append((account, soft))
+        elif report:
+            context = {"message": "a row of the ledger is broken", "exception": account}
+            asyncio.get_running_loop().call_exception_handler(context)
+    return accounts
+
+
+async def all_firm(
+    found: Iterable[tuple[Account, bool]], load: Callable[[ChannelId], Awaitable[Account | None]]
+) -> list[Account]:
+    """These accounts; one whose row is soft is loaded, which makes it firm."""
+    found = list(found)
+    firm = await asyncio.gather(*(load(account.id) for account, soft in found if soft))
+    loaded = {account.id: account for account in firm if account is not None}
+    return [loaded.get(account.id, account) for account, _ in found]
 
 
 def unavailable() -> ChannelFault:

@@ -26,10 +26,10 @@ from mppnode.kernel.clock import Clock
 from mppnode.kernel.tasks import TaskOwner
 from mppnode.ledger import postgres_desk as desk
 from mppnode.ledger.base import PAGE, Budget, Grant, Which
-from mppnode.ledger.batch import Batch, Op, Rows, unavailable
+from mppnode.ledger.batch import Batch, Found, Op, Rows, all_firm, lawful, unavailable
 from mppnode.ledger.postgres_lane import Lane
 from mppnode.ledger.postgres_link import MARK, Connection, Generation, Link, Mark
-from mppnode.ledger.postgres_rows import SELECT, account_of, read_newer
+from mppnode.ledger.postgres_rows import SELECT, found_in, read_newer
 from mppnode.ledger.postgres_schema import prepare
 from mppnode.ledger.postgres_wakeup import Wakeup
 from mppnode.ledger.rows import read_journal
@@ -135,12 +135,12 @@ class PostgresStore:
         """See :meth:`Ledger.page`."""
         statement = f"{SELECT} WHERE {_WANTED[which]} AND c.id > $1 ORDER BY c.id LIMIT $2"
         rows = await self._read(lambda db: db.fetch(statement, after or b"", limit))
-        found: list[tuple[Account, bool]] = []
+        found: list[Found] = []
         for row in rows:
-            found.append((account_of(row), bool(row["soft"])))
+            found.append(found_in(row))
             if len(found) % _TOGETHER == 0:
                 await asyncio.sleep(0)  # streams go on while a page is decoded
-        return await self._firm(found)
+        return await all_firm(lawful(found, report=True), self.load)
 
     async def accounts(self) -> Sequence[Account]:
         """See :meth:`ChannelStore.accounts`."""
@@ -231,12 +231,6 @@ class PostgresStore:
             raise unavailable()
         return await self._reader.read(work)
 
-    async def _firm(self, found: list[tuple[Account, bool]]) -> list[Account]:
-        """These accounts; one whose row is soft is asked of its lane, which makes it firm."""
-        firm = await asyncio.gather(*(self.load(account.id) for account, soft in found if soft))
-        loaded = {account.id: account for account in firm if account is not None}
-        return [loaded.get(account.id, account) for account, _ in found]
-
     # ------------------------------------------------------------------------------------------------------ news
 
     def _committed(self, batch: Batch, told: list[Account]) -> None:
@@ -247,4 +241,5 @@ class PostgresStore:
         self._wakeup.changed(told)
 
     async def _look(self, known: dict[ChannelId, int]) -> list[Account]:
-        return await self._firm(await self._read(lambda db: read_newer(db, known)))
+        found = await self._read(lambda db: read_newer(db, known))
+        return await all_firm(lawful(found, report=False), self.load)

@@ -17,6 +17,7 @@ from mppnode.kernel.clock import Clock
 from mppnode.ledger.batch import BATCH_MAX, Batch, Op, Rows, refuse
 from mppnode.ledger.postgres_link import Connection, Link, Mark
 from mppnode.ledger.postgres_rows import read_rows, write_batch
+from mppnode.ledger.rows import BrokenRow
 
 
 class Lane:
@@ -112,8 +113,8 @@ def _channels(ops: list[Op]) -> list[ChannelId]:
     return sorted({op.channel for op in ops})
 
 
-def _decide(batch: Batch, op: Op, found: Account | AssertionError | None) -> None:
-    if isinstance(found, AssertionError):
+def _decide(batch: Batch, op: Op, found: Account | BrokenRow | None) -> None:
+    if isinstance(found, BrokenRow):
         batch.fail(op.future, found)
     else:
         batch.decide(op, found)

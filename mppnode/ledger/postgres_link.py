@@ -49,7 +49,7 @@ _FIND_MARK: Final = (
     "INSERT INTO lane (id, batch, at) VALUES ($1, 0, now())"
     " ON CONFLICT (id) DO UPDATE SET at = excluded.at RETURNING batch"
 )
-_TROUBLE: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, EOFError)
+TROUBLE: Final = (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError, OSError, EOFError)
 
 
 class GenerationFell(LedgerError):
@@ -130,7 +130,7 @@ async def connect(dsn: Secret[str]) -> Connection:
             except BaseException:  # cancelled, mostly: a listener that is stopped while it connects
                 connection.terminate()
                 raise
-    except (*_TROUBLE, ValueError) as error:
+    except (*TROUBLE, ValueError) as error:
         # Neither the error nor its context is kept: some quote the URL, all hold it in their frames.
         raise LedgerError(f"cannot connect to {describe(dsn)}: {_reason(error, dsn)}") from None
     return connection
@@ -172,7 +172,7 @@ class Link:
         """Connect, so that a node which cannot does not start. Raises ``LedgerError``."""
         try:
             await self._connected()
-        except _TROUBLE as error:
+        except TROUBLE as error:
             raise LedgerError(f"cannot use {describe(self._dsn)}: {_reason(error, self._dsn)}") from None
 
     async def close(self) -> None:
@@ -180,7 +180,7 @@ class Link:
         async with self._turn:
             if self._connection is None:
                 return
-            with contextlib.suppress(*_TROUBLE, TimeoutError):
+            with contextlib.suppress(*TROUBLE, TimeoutError):
                 async with asyncio.timeout(_CONNECT_S):
                     await self._connection.execute("DELETE FROM lane WHERE id = $1", self._lane)
                     await self._connection.close()
@@ -233,7 +233,7 @@ class Link:
                 while True:
                     try:
                         return await attempt()
-                    except (*_TROUBLE, LedgerError, Again) as error:
+                    except (*TROUBLE, LedgerError, Again) as error:
                         await self._recover(error)
                     await asyncio.sleep(pause)
                     pause = min(pause + pause, _PAUSE_MAX_S)
@@ -280,7 +280,7 @@ class Link:
             return
         try:
             await self._connection.execute("ROLLBACK")
-        except _TROUBLE:
+        except TROUBLE:
             self._drop()
 
     def _drop(self) -> None:

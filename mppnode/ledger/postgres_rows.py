@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from channels.account import check
 from channels.ids import ChannelId
 from channels.instants import UnixMillis
 from channels.model import Account
-from mppnode.ledger.batch import Batch, Change, Rows
+from mppnode.ledger.batch import Batch, Change, Found, Rows
 from mppnode.ledger.postgres_link import Again, Connection, Mark
-from mppnode.ledger.rows import COLUMNS, account_columns, read_account, terms_column, write_journal
+from mppnode.ledger.rows import COLUMNS, BrokenRow, account_columns, checked_account, terms_column, write_journal
 
 _AMOUNTS: Final = frozenset({"deposit", "settled", "accepted", "spent", "owed_pico", "held_pico"})
 
@@ -72,40 +71,35 @@ _WRITE: Final = (
 )
 
 
-def account_of(row: Mapping[str, Any]) -> Account:
-    """The account in a whole row. Raises ``AssertionError`` when it breaks a law."""
-    account = read_account(row["id"], row["terms"], row)
-    check(account)
-    return account
+def found_in(row: Mapping[str, Any]) -> Found:
+    """What a whole row holds."""
+    try:
+        return checked_account(row["id"], row["terms"], row), bool(row["soft"])
+    except BrokenRow as error:
+        return error, bool(row["soft"])
 
 
 async def read_rows(
     connection: Connection, channels: Sequence[ChannelId], rows: Rows, *, lock: bool
-) -> dict[ChannelId, Account | AssertionError]:
-    """The accounts of these channels, perhaps locked; rows whose version is known are not read again.
-
-    A row that breaks the law is an error in its place: it concerns those who asked for it.
-    """
+) -> dict[ChannelId, Account | BrokenRow]:
+    """The accounts of these channels, perhaps locked; rows whose version is known are not read again."""
     known = [rows.get(channel) for channel in channels]
     versions = [0 if account is None else account.version for account in known]
-    found: dict[ChannelId, Account | AssertionError] = {}
+    found: dict[ChannelId, Account | BrokenRow] = {}
     for row in await connection.fetch(_LOCKED if lock else _KNOWN, channels, versions):
         channel = ChannelId(row["id"])
-        account = rows.get(channel)
-        if account is not None and account.version == row["version"] and row["terms"] is None:
-            found[channel] = account
-            continue
-        try:
-            found[channel] = rows.read(account_of(row), soft=bool(row["soft"]))
-        except AssertionError as error:
-            found[channel] = error
+        account: Account | BrokenRow | None = rows.get(channel)
+        if account is None or row["terms"] is not None:
+            account, soft = found_in(row)
+            if isinstance(account, Account):
+                rows.read(account, soft=soft)
+        found[channel] = account
     return found
 
 
-async def read_newer(connection: Connection, known: Mapping[ChannelId, int]) -> list[tuple[Account, bool]]:
-    """Those of these channels that have a newer version than the known one, and whether their rows are soft."""
-    rows = await connection.fetch(_NEWER, list(known), list(known.values()))
-    return [(account_of(row), bool(row["soft"])) for row in rows]
+async def read_newer(connection: Connection, known: Mapping[ChannelId, int]) -> list[Found]:
+    """Those of these channels that are newer than the known version."""
+    return [found_in(row) for row in await connection.fetch(_NEWER, list(known), list(known.values()))]
 
 
 async def write_batch(connection: Connection, batch: Batch, mark: Mark, at: UnixMillis) -> bool:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from importlib import resources
 from typing import Final
 
-import asyncpg
-
 from mppnode.config.secrets import Secret
 from mppnode.ledger.base import LedgerError
-from mppnode.ledger.postgres_link import Connection, connect, describe
+from mppnode.ledger.postgres_link import TROUBLE, Connection, connect, describe
 
 SCHEMA: Final = 1
 _LOCK: Final = 0x6D70_706E  # "mppn": nodes that start together migrate one after the other
@@ -26,7 +24,7 @@ async def prepare(dsn: Secret[str]) -> None:
     try:
         await _migrate(connection)
         await connection.execute(_STALE)
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, OSError) as error:
+    except TROUBLE as error:
         raise LedgerError(f"cannot prepare {describe(dsn)}: {type(error).__name__}: {error}") from None
     finally:
         connection.terminate()

@@ -13,14 +13,12 @@ import contextlib
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from typing import Final
 
-import asyncpg
-
 from channels.faults import ChannelFault
 from channels.ids import ChannelId
 from channels.model import Account
 from mppnode.config.secrets import Secret
 from mppnode.ledger.base import LedgerError
-from mppnode.ledger.postgres_link import Connection, connect
+from mppnode.ledger.postgres_link import TROUBLE, Connection, connect
 from mppnode.ledger.subscribers import Subscribers
 
 TOPIC: Final = "mppnode_ledger"
@@ -64,7 +62,7 @@ class Wakeup:
             channels, self._pending = list(self._pending), {}
             connection = self._connection
             if connection is not None:
-                with contextlib.suppress(asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+                with contextlib.suppress(*TROUBLE):
                     payloads = list(_payloads(channels[:_PENDING_MAX]))
                     await connection.execute("SELECT pg_notify($1, p) FROM unnest($2::text[]) AS p", TOPIC, payloads)
             await asyncio.sleep(_TOGETHER_S)
@@ -73,7 +71,7 @@ class Wakeup:
         """Keep a listening connection until cancelled; polling goes on without it."""
         while True:
             lost = asyncio.Event()
-            with contextlib.suppress(LedgerError, asyncpg.PostgresError, asyncpg.InterfaceError, OSError):
+            with contextlib.suppress(LedgerError, *TROUBLE):
                 connection = await connect(self._dsn)
                 try:
                     connection.add_termination_listener(lambda _, lost=lost: lost.set())

@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Final
 
+from channels.account import check
 from channels.descriptor import ChainSnapshot, Descriptor, Escrow, SessionProtocol
-from channels.ids import Address, ChannelId, Hash32
+from channels.ids import Address, ChannelId, Hash32, to_hex
 from channels.instants import UnixSeconds
 from channels.intent import Intent, IntentKind, IntentState
 from channels.model import (
@@ -222,6 +223,20 @@ def read_account(channel: bytes, terms: str, columns: Mapping[str, Any]) -> Acco
         close=_read_close(json.loads(columns["close"])),
         active_at=UnixSeconds(columns["active_at"]),
     )
+
+
+class BrokenRow(AssertionError):
+    """A row that is no account, or one that breaks a law. Its channel stops, and no other."""
+
+
+def checked_account(channel: bytes, terms: str, columns: Mapping[str, Any]) -> Account:
+    """The account in a row, checked. Raises ``BrokenRow``, whatever is wrong with it."""
+    try:
+        account = read_account(channel, terms, columns)
+        check(account)
+    except Exception as error:
+        raise BrokenRow(f"the row of channel {to_hex(channel)} is broken: {error!r}") from error
+    return account
 
 
 # ----------------------------------------------------------------------------------------------------------- events

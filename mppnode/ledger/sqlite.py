@@ -28,7 +28,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from channels.account import check
 from channels.faults import ChannelFault
 from channels.ids import ChannelId, Hash32
 from channels.intent import Intent
@@ -39,8 +38,16 @@ from mppnode.kernel.clock import Clock
 from mppnode.kernel.tasks import TaskOwner
 from mppnode.ledger import sqlite_desk as desk
 from mppnode.ledger.base import PAGE, Budget, Grant, Which
-from mppnode.ledger.batch import BATCH_MAX, Batch, Change, Op, Rows, refuse, unavailable
-from mppnode.ledger.rows import COLUMNS, account_columns, read_account, read_journal, terms_column, write_journal
+from mppnode.ledger.batch import BATCH_MAX, Batch, Change, Found, Op, Rows, all_firm, lawful, refuse, unavailable
+from mppnode.ledger.rows import (
+    COLUMNS,
+    BrokenRow,
+    account_columns,
+    checked_account,
+    read_journal,
+    terms_column,
+    write_journal,
+)
 from mppnode.ledger.sqlite_file import InstanceLock, InstanceLocked, begin, is_busy, open_reader, open_writer
 from mppnode.ledger.subscribers import Subscribers
 
@@ -155,7 +162,8 @@ class SqliteStore:
     async def page(self, which: Which, *, after: ChannelId | None = None, limit: int = PAGE) -> Sequence[Account]:
         """See :meth:`Ledger.page`."""
         condition = f"{_WANTED[which]} AND id > ? ORDER BY id LIMIT ?"
-        return await self._firm_accounts(lambda db: _accounts(db, condition, (after or b"", limit)))
+        rows = await self._read(lambda db: _rows(db, condition, (after or b"", limit)))
+        return await all_firm(lawful(rows, report=True), self.load)
 
     async def accounts(self) -> Sequence[Account]:
         """See :meth:`ChannelStore.accounts`."""
@@ -365,7 +373,9 @@ class SqliteStore:
             known = known if row == (known.version,) else None
         if known is not None:
             return known
-        for account, soft in _accounts(connection, "id = ?", (channel,)):
+        for account, soft in _rows(connection, "id = ?", (channel,)):
+            if isinstance(account, BrokenRow):
+                raise account
             return self._rows.read(account, soft=soft)
         return None
 
@@ -400,13 +410,6 @@ class SqliteStore:
         if self._reading is not None:
             self._reading.close()
 
-    async def _firm_accounts(self, read: Job[list[tuple[Account, bool]]]) -> list[Account]:
-        """Read accounts; one whose row is soft is asked of the writer, who makes it firm."""
-        rows = await self._read(read)
-        firm = await asyncio.gather(*(self.load(account.id) for account, soft in rows if soft))
-        loaded = {account.id: account for account in firm if account is not None}
-        return [loaded.get(account.id, account) for account, _ in rows]
-
     async def _watch(self) -> None:
         """Tell subscribers what other processes committed."""
         await (self._watch_others() if self._shared else self._watch_visitors())
@@ -428,7 +431,8 @@ class SqliteStore:
                 commits = self._commits
                 if self._visited:
                     self._visited = False
-                    self._subscribers.tell(await self._firm_accounts(partial(_newer, known)))
+                    rows = await self._read(partial(_newer, known))
+                    self._subscribers.tell(await all_firm(lawful(rows, report=False), self.load))
 
     async def _watch_others(self) -> None:
         seen, watched = -1, frozenset[ChannelId]()
@@ -440,30 +444,31 @@ class SqliteStore:
             with contextlib.suppress(ChannelFault):  # busy: looked at again in a moment
                 version = await self._read(lambda db: int(db.execute("PRAGMA data_version").fetchone()[0]))
                 if version != seen or not known.keys() <= watched:
-                    self._subscribers.tell(await self._firm_accounts(partial(_newer, known)))
+                    rows = await self._read(partial(_newer, known))
+                    self._subscribers.tell(await all_firm(lawful(rows, report=False), self.load))
                     seen, watched = version, frozenset(known)
 
 
 _SELECT: Final = f"SELECT soft, id, terms, {','.join(COLUMNS)} FROM channel WHERE"  # noqa: S608 - our own names
 
 
-def _accounts(db: sqlite3.Connection, condition: str, values: Sequence[Any]) -> list[tuple[Account, bool]]:
-    """The accounts in these rows, and whether the row is soft."""
+def _rows(db: sqlite3.Connection, condition: str, values: Sequence[Any]) -> list[Found]:
     return [(_account_of(row), bool(row[0])) for row in db.execute(f"{_SELECT} {condition}", values)]
 
 
-def _account_of(row: Sequence[Any]) -> Account:
-    account = read_account(row[1], row[2], dict(zip(COLUMNS, row[3:], strict=True)))
-    check(account)
-    return account
+def _account_of(row: Sequence[Any]) -> Account | BrokenRow:
+    try:
+        return checked_account(row[1], row[2], dict(zip(COLUMNS, row[3:], strict=True)))
+    except BrokenRow as error:
+        return error
 
 
-def _newer(known: dict[ChannelId, int], db: sqlite3.Connection) -> list[tuple[Account, bool]]:
-    """The accounts of these channels that have another version than the known one."""
+def _newer(known: dict[ChannelId, int], db: sqlite3.Connection) -> list[Found]:
+    """The accounts of these channels that are newer than the known version."""
     channels, found = list(known), list[ChannelId]()
     for start in range(0, len(channels), _ASKED_MAX):
         asked = channels[start : start + _ASKED_MAX]
         marks = ",".join("?" * len(asked))
         rows = db.execute(f"SELECT id, version FROM channel WHERE id IN ({marks})", asked)  # noqa: S608 - only marks
         found += [channel for channel, version in rows if version > known[channel]]
-    return [row for channel in found for row in _accounts(db, "id = ?", (channel,))]
+    return [row for channel in found for row in _rows(db, "id = ?", (channel,))]

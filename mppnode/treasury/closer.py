@@ -23,6 +23,7 @@ from channels.intent import IntentKind
 from channels.model import AbortClose, Account, BeginClose, ConfirmClosed, FixCapture, ObserveChain, Phase
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.tasks import TaskOwner
+from mppnode.ledger.base import Ledger, Which
 from mppnode.ledger.books import Books
 from mppnode.ledger.ending import Ending
 from mppnode.treasury.settler import Settler
@@ -41,6 +42,7 @@ class Closer:
     def __init__(
         self,
         *,
+        ledger: Ledger,
         books: Books,
         settler: Settler,
         chain: Chain,
@@ -50,6 +52,7 @@ class Closer:
         clock: Clock,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        self._ledger = ledger
         self._books = books
         self._settler = settler
         self._chain = chain
@@ -121,9 +124,12 @@ class Closer:
 
     async def resume(self) -> None:
         """Take up the closes a crash interrupted; each goes on in the background until the chain has answered."""
-        for account in await self._books.accounts():
-            if account.phase in (Phase.CLOSING, Phase.CAPTURED):
-                self.later(account.id, at_once=True)
+        after = None
+        while page := await self._ledger.page(Which.NOT_CLOSED, after=after):
+            after = page[-1].id
+            for account in page:
+                if account.phase in (Phase.CLOSING, Phase.CAPTURED):
+                    self.later(account.id, at_once=True)
 
     def later(self, channel: ChannelId, *, at_once: bool = False) -> None:
         """Go on with a close in the background, ever less often, until the chain has answered."""

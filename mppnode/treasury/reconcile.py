@@ -12,6 +12,7 @@ from typing import Final
 
 from channels import escrow as escrow_v2
 from channels import escrow_v1
+from channels.abi import Log as ChainLog
 from channels.account import check, fold
 from channels.chain import Chain
 from channels.descriptor import ChainSnapshot, SessionProtocol
@@ -27,6 +28,7 @@ from mppnode.observe.logs import Level, Log
 JOB: Final = "reconcile"
 DAY_S: Final = 86_400.0
 FIRST_S: Final = 3_600.0
+_LOG_BLOCKS_BACK: Final = 100_000  # more than a day of half-second blocks
 _LOGGED_MAX: Final = 100  # lines of one run: what is wrong with the hundred-first is wrong with the first
 
 
@@ -135,13 +137,25 @@ class Reconciler:
             return [Difference(account.id, name, f"meant to pay {intent.amount}, paid {paid}")]
         return []
 
+    async def _end_of(self, account: Account) -> Sequence[ChainLog]:
+        """The logs of the transaction that ended a channel: ours by its hash, a payer's by looking where we saw it."""
+        record = account.close
+        if record is not None and record.tx_hash is not None:
+            receipt = await self._chain.receipt(record.tx_hash)
+            return () if receipt is None else receipt.logs
+        names = escrow_v2 if account.escrow.protocol is SessionProtocol.V2 else escrow_v1
+        # The end was seen at most some blocks after it happened; nodes refuse to search a whole chain.
+        seen = account.chain.block
+        return await self._chain.logs(
+            account.escrow.address,
+            topics=(names.CHANNEL_CLOSED, Hash32(account.id)),
+            from_block=max(seen - _LOG_BLOCKS_BACK, 0),
+            to_block=seen,
+        )
+
     async def _against_close(self, account: Account) -> list[Difference]:
         """A closed channel: what its end paid out according to the chain's own log."""
-        names = escrow_v2 if account.escrow.protocol is SessionProtocol.V2 else escrow_v1
-        head = (await self._chain.finalised()).number
-        topics = (names.CHANNEL_CLOSED, Hash32(account.id))
-        logs = await self._chain.logs(account.escrow.address, topics=topics, from_block=0, to_block=head)
-        closed = closed_in(account.id, account.escrow, logs)
+        closed = closed_in(account.id, account.escrow, await self._end_of(account))
         if closed is None:
             return [Difference(account.id, "close/chain", "the chain has no end of this channel")]
         if closed.settled > account.spent:

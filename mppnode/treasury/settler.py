@@ -170,6 +170,8 @@ class Settler:
     async def _drive(self, intent: Intent, account: Account) -> Intent:
         """Bring an intent to its end, whichever that is. Raises as :meth:`bring` when that is not possible now."""
         if intent.owner != self._node():
+            if intent.owner in await self._ledger.living():
+                raise ChannelFault(Reason.CHAIN_OUTCOME_UNKNOWN, detail="another node is settling this channel")
             intent = await self._move(intent, steps.adopted(intent, self._node(), now=self._clock.now()))
         if intent.state is IntentState.SENT:
             await self._send_again(intent)  # the bytes may never have left before the crash or the timeout
