@@ -68,6 +68,10 @@ class Shop:
         finally:
             connection.close()
 
+    def literal(self, value: bytes) -> str:
+        """Bytes as this database's SQL writes them."""
+        return f"'\\x{value.hex()}'" if self.kind == "postgres" else f"x'{value.hex()}'"
+
     async def explain(self, statement: str) -> str:
         """How the database would run a statement on a table too large to read."""
         if isinstance(self.place, Path):

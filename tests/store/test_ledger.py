@@ -14,6 +14,7 @@ from channels.intent import Intent, IntentKind, IntentState, adopted, ended, min
 from channels.model import AcceptVoucher, BeginClose, ConfirmClosed, Finish, FixCapture, HoldId, NodeId, Renew
 from channels.units import MAX_UINT96, Units
 from mppnode.ledger.base import GRACE_S, LEASE_S, Budget, BudgetSpent, Grant, IntentExists, Ledger, Which
+from mppnode.ledger.rows import BrokenRow
 from tests.store.shops import LEDGERS, Shop, step
 from tests.support.builders import CHANNEL, NOW, TX, chain, opening, pico, reserve, voucher
 
@@ -63,12 +64,32 @@ async def test_a_hold_that_ended_leaves_its_page(shop: Shop) -> None:
     assert [account.id[0] for account in await ledger.page(Which.HELD)] == [7, 8]
 
 
+@pytest.mark.parametrize("damage", ["holds = 'no JSON'", "holds = '{\"h\": [1]}'", "ladder = '[]'", "chain = '[\"-1\",\"0\",null,1]'"])
+async def test_a_broken_row_stops_its_channel_alone(shop: Shop, damage: str) -> None:
+    """Lists go on without it and report it, whoever asks for it gets the error, and the node lives."""
+    ledger = await shop.open()
+    await fill(ledger)
+    await ledger.stop()
+    await shop.sql(f"UPDATE channel SET {damage} WHERE id = {shop.literal(channel(3))}")
+    reported: list[BaseException] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context["exception"]))
+    later = await shop.open()
+    assert [account.id[0] for account in await later.page(Which.HELD)] == [7]
+    assert len(await later.accounts()) == 9
+    assert len(reported) == 2
+    assert all(isinstance(error, BrokenRow) and "0x0303" in str(error) for error in reported)
+    for asked in (later.load(channel(3)), later.transact(channel(3), step(AcceptVoucher(voucher(200))))):
+        with pytest.raises(BrokenRow):
+            await asked
+    assert (await later.transact(channel(7), step(AcceptVoucher(voucher(200))))).account.accepted == 200
+
+
 async def test_pages_use_the_indexes_made_for_them(shop: Shop) -> None:
     """Looking for a few live channels does not read all that ever were."""
     ledger = await shop.open()
     await fill(ledger)
     for index, condition in (("channel_live", "live = 1"), ("channel_unclosed", "phase <> 'closed'")):
-        start = "'\\x00'" if shop.kind == "postgres" else "x'00'"
+        start = shop.literal(b"")
         plan = await shop.explain(f"SELECT ladder FROM channel WHERE {condition} AND id > {start} ORDER BY id LIMIT 5")
         assert index in plan
 

@@ -217,6 +217,33 @@ async def test_what_another_node_commits_is_told(shop: Shop, broken: Callable[[p
     assert [account.version for account in heard] == sorted({account.version for account in heard})
 
 
+async def test_many_changes_at_once_are_all_told(shop: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three hundred channels change in one moment: more than one hint can carry, and none is missed."""
+    patient(monkeypatch)
+    a, b = await shop.open(), await shop.open()
+    channels = [ChannelId(number.to_bytes(4) * 8) for number in range(300)]
+    await asyncio.gather(*(a.transact(channel, step(opening(channel=channel))) for channel in channels))
+    heard: dict[ChannelId, int] = {}
+    b.subscribe(lambda account: heard.update({account.id: account.accepted}))
+    b.follow(lambda: channels)
+    await told(lambda: len(heard) == 300)
+    await asyncio.gather(*(a.transact(channel, step(AcceptVoucher(voucher(200)))) for channel in channels))
+    await told(lambda: set(heard.values()) == {200})
+
+
+async def test_a_broken_row_does_not_silence_the_others(shop: Shop) -> None:
+    """Somebody follows a channel whose row was damaged: the news of other channels still come."""
+    a, b = await pair(shop)
+    await a.transact(OTHER, step(opening(channel=OTHER)))
+    await shop.sql(f"UPDATE channel SET holds = 'no JSON' WHERE id = {shop.literal(OTHER)}")
+    heard: list[tuple[ChannelId, int]] = []
+    b.subscribe(lambda account: heard.append((account.id, account.accepted)))
+    b.follow(lambda: [CHANNEL, OTHER])
+    await told(lambda: heard == [(CHANNEL, 100)])
+    await a.transact(CHANNEL, step(AcceptVoucher(voucher(200))))
+    await told(lambda: heard == [(CHANNEL, 100), (CHANNEL, 200)])
+
+
 async def test_only_what_is_followed_is_told(shop: Shop) -> None:
     """A node hears of its own commits and of others' on channels that somebody waits for."""
     a, b = await pair(shop)

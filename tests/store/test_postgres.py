@@ -7,7 +7,7 @@ import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 from functools import reduce
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
@@ -47,6 +47,9 @@ class Rig:
         await store.start()
         self._exits.push_async_callback(store.stop)
         return store
+
+    def through(self, relay: Relay) -> str:
+        return self.server.dsn(urlsplit(self.dsn).path[1:], socket=relay.directory)
 
     async def sql(self, statement: str, *values: object) -> list[tuple[object, ...]]:
         return await run_sql(self.dsn, statement, *values)
@@ -93,7 +96,7 @@ async def test_a_connection_may_break_at_every_message(rig: Rig, after: bool, mo
     """
     monkeypatch.setattr(postgres_link, "_PAUSE_S", 0.001)
     async with Relay(rig.server) as relay:
-        store = await rig.open(rig.dsn.rpartition("=")[0] + "=" + quote(str(relay.directory)))
+        store = await rig.open(rig.through(relay))
         expected = [plan.result for plan in await tell(store, CHANNEL)]
         for number in range(1, 200):
             channel = ChannelId(bytes([number]) * 32)
@@ -115,7 +118,7 @@ async def test_money_on_its_way_is_decided_once(rig: Rig, after: bool, monkeypat
     monkeypatch.setattr(postgres_link, "_PAUSE_S", 0.001)
     budget = Budget(grants_per_sender=10**6, total=Units(10**6))
     async with Relay(rig.server) as relay:
-        store = await rig.open(rig.dsn.rpartition("=")[0] + "=" + quote(str(relay.directory)))
+        store = await rig.open(rig.through(relay))
         for number in range(1, 100):
             name = bytes([number]) * 32
             wish = planned(str(number), ChannelId(name), IntentKind.CLOSE, Units(1), owner=NodeId("a"), now=NOW)
@@ -194,6 +197,23 @@ async def test_a_server_that_stays_away_is_an_answer(rig: Rig, monkeypatch: pyte
         assert answer.reason is Reason.STORE_UNAVAILABLE
     monkeypatch.undo()
     assert (await store.transact(CHANNEL, step(AcceptVoucher(voucher(300))))).account.accepted == 300
+    assert rig.fatal == []
+
+
+async def test_a_network_that_swallows_is_an_answer(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody says that the connection is dead: after the deadline it is given up, and the next one serves."""
+    monkeypatch.setattr(postgres_link, "DEADLINE_S", 0.2)
+    async with Relay(rig.server) as relay:
+        store = await rig.open(rig.through(relay))
+        await store.transact(CHANNEL, step(opening()))
+        relay.passing.clear()
+        with pytest.raises(ChannelFault) as caught:
+            await store.transact(CHANNEL, step(AcceptVoucher(voucher(200))))
+        assert caught.value.reason is Reason.STORE_UNAVAILABLE
+        relay.passing.set()
+        monkeypatch.undo()
+        assert (await store.transact(CHANNEL, step(AcceptVoucher(voucher(300))))).account.accepted == 300
+        await whole(store)
     assert rig.fatal == []
 
 

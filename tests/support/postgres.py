@@ -138,6 +138,9 @@ class Relay:
         self._server = server
         self.directory = Path(tempfile.mkdtemp(prefix="mpp-relay-", dir="/tmp"))
         self.messages = 0
+        self.passing = asyncio.Event()
+        """Cleared, nothing passes in either direction, and nobody is told: a network that swallows."""
+        self.passing.set()
         self._cut_at = 0
         self._after = False
         self._tasks: set[asyncio.Task[None]] = set()
@@ -153,6 +156,7 @@ class Relay:
         answers = asyncio.ensure_future(self._answers(server_reader, writer))
         try:
             while data := await reader.read(1 << 16):
+                await self.passing.wait()
                 self.messages += 1
                 cut = self.messages == self._cut_at
                 if cut and not self._after:
@@ -174,6 +178,7 @@ class Relay:
     async def _answers(self, server: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
             while data := await server.read(1 << 16):
+                await self.passing.wait()
                 writer.write(data)
         writer.transport.abort()
 
