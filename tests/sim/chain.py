@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
+from pytest import MonkeyPatch
 
+
+from channels import tempo_tx
+from channels.keccak import keccak256
 from channels.tempo_tx import SignedTx
 from mppnode.chain.devchain import DevChain
 from mppnode.chain.transport import TransportFailed
@@ -32,6 +38,19 @@ class SimChain(DevChain):
         """Hand bytes to an honest node of a stranger's; why it refused them, if it did."""
         answer = self.handle({"id": 0, "method": "eth_sendRawTransaction", "params": ["0x" + raw.hex()]})
         return None if "result" in answer else str(answer["error"]["message"])
+
+
+@contextmanager
+def remembering() -> Iterator[None]:
+    """Encode and recover every transaction once: a simulation reads each a hundred times, and both are pure."""
+    raw, decode = SignedTx.raw, tempo_tx.decode
+    assert isinstance(raw, property)
+    assert raw.fget is not None
+    with MonkeyPatch.context() as patch:
+        patch.setattr(SignedTx, "raw", property(lru_cache(None)(raw.fget)))
+        patch.setattr(SignedTx, "tx_hash", property(lru_cache(None)(lambda signed: keccak256(signed.raw))))
+        patch.setattr(tempo_tx, "decode", lru_cache(None)(decode))
+        yield
 
 
 class Wire:

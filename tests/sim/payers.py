@@ -88,7 +88,8 @@ class Payer:
             await self.world.until(lambda: not self.slot.deposit, at_most_s=self._left(ready, late_s))
 
     def _left(self, ready: int, late_s: float) -> float:
-        return max(ready + late_s - self.world.dev._block_time(), 1.0) if ready else 1.0
+        left = ready + late_s - self.world.dev._block_time() if ready else 0.0
+        return left if left > 0 else 7.0
 
     # -------------------------------------------------------------------------------------------------- with the node
 

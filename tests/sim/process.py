@@ -119,6 +119,7 @@ class Process:
             entropy=world.dice.randbytes,
             node=lambda: self.life.id,
             probe=self._probe,
+            limits=product.settler.SettlerLimits(poll_s=1.0),
         )
         self.ending = Ending(self.books, clock=clock, sleep=asyncio.sleep)
         self.closer = product.closer.Closer(
