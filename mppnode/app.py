@@ -13,7 +13,9 @@ from typing import Any
 import aiohttp
 from aiohttp import web
 
-from channels.faults import ChannelFault
+from channels.faults import ChannelFault, Reason
+from channels.ids import ChannelId
+from channels.model import AcceptVoucher, Voucher
 from channels.signature import address_of
 from channels.wire.challenge import ChallengeMac
 from mppnode.config.schema import Config, ModelConfig, ProviderConfig
@@ -96,6 +98,7 @@ class Node:
         recovered = await sweeper.sweep()
         http = await self._exit.enter_async_context(aiohttp.ClientSession())
         chain = await open_chain(config, world, http)
+        live.resubmit = lambda channel, voucher: _resubmit(books, channel, voucher)
         books.subscribe(live.on_commit)
         self._open_spool(books)
         ledger.follow(live.channels)
@@ -226,6 +229,15 @@ class Node:
     def _task_failed(self, name: str, error: BaseException) -> None:
         reason = error.reason.value if isinstance(error, ChannelFault) else type(error).__name__
         self._log("task.failed", level=Level.ERROR, task=name, error=reason)
+
+
+async def _resubmit(books: Books, channel: ChannelId, voucher: Voucher) -> None:
+    """Bring a voucher back that a database lost when it failed over without its last commits."""
+    try:
+        await books.apply(channel, AcceptVoucher(voucher))
+    except ChannelFault as fault:
+        if fault.reason not in (Reason.VOUCHER_TOO_LOW, Reason.CHANNEL_FINALIZED, Reason.STORE_UNAVAILABLE):
+            raise
 
 
 def _model(model: ModelConfig) -> Model:

@@ -10,7 +10,7 @@ from weakref import WeakValueDictionary
 
 from channels.faults import ChannelFault, Reason
 from channels.ids import ChannelId
-from channels.model import Account, HoldId
+from channels.model import Account, HoldId, Voucher
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.tasks import TaskOwner
 from mppnode.rails.tab import SessionTab
@@ -33,6 +33,7 @@ class LiveChannels:
         self._asked: set[SessionTab] = set()
         self._enders: dict[SessionTab, Callable[[], Coroutine[Any, Any, None]]] = {}
         self._checked: OrderedDict[ChannelId, float] = OrderedDict()
+        self.resubmit: Callable[[ChannelId, Voucher], Coroutine[Any, Any, None]] = _not_kept
         # A lock lives as long as somebody holds or awaits it.
         self._admissions: WeakValueDictionary[ChannelId, asyncio.Lock] = WeakValueDictionary()
 
@@ -62,7 +63,12 @@ class LiveChannels:
 
     def on_commit(self, account: Account) -> None:
         """Tell the running requests of a channel about its new state, and end those that were asked to end."""
-        for tab in tuple(self._tabs.get(account.id, ())):
+        tabs = tuple(self._tabs.get(account.id, ()))
+        known = max((tab.account.ladder[-1] for tab in tabs), key=lambda rung: rung.cumulative, default=None)
+        if known is not None and known.cumulative > account.accepted:
+            # The database has lost commits it had confirmed. A signature proves itself, so what was answered holds.
+            self._owner.spawn(self.resubmit(account.id, known), name="resubmit voucher")
+        for tab in tabs:
             tab.observe(account)
             if tab.must_end(account):
                 self._start_ending(tab)
@@ -134,6 +140,10 @@ class LiveChannels:
         """Whether the chain was asked about a channel in the last ``seconds``."""
         at = self._checked.get(channel)
         return at is not None and self._clock.monotonic() - at < seconds
+
+
+async def _not_kept(_channel: ChannelId, _voucher: Voucher) -> None:
+    """Stand in for the books until they are there."""
 
 
 class VoucherRate:

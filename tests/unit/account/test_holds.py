@@ -230,12 +230,18 @@ def test_a_renewal_that_changes_nothing_is_a_replay() -> None:
     assert (made.events, made.result.replayed, made.result.granted) == ((), True, pico(20))
 
 
-@pytest.mark.parametrize("consumed", [6, 21])
-def test_a_renewal_outside_its_hold_is_our_own_bug(consumed: float) -> None:
-    """Delivery before the recorded mark or beyond the grant stops the channel, it is not charged."""
+def test_a_renewal_before_its_mark_is_our_own_bug() -> None:
+    """Delivery never runs backwards; a step that says so is not written."""
     account = after(opened(100), reserve(20), renew(7, 20))
     with pytest.raises(AssertionError):
-        decide(account, renew(consumed, 30))
+        decide(account, renew(6, 30))
+
+
+def test_a_renewal_beyond_its_grant_ends_the_request() -> None:
+    """A database that failed over has lost the extension: nothing is extended on its word, and the end bills what it can."""
+    account = after(opened(100), reserve(20), renew(7, 20))
+    assert reason(account, renew(21, 30)) is Reason.HOLD_FENCED
+    assert books(after(account, Finish(HoldId("h"), pico(21)))) == (21, 0, 21)
 
 
 @pytest.mark.parametrize("closing", [5, None])
