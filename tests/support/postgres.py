@@ -152,7 +152,11 @@ class Relay:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        server_reader, server_writer = await asyncio.open_unix_connection(self._server.directory / ".s.PGSQL.5432")
+        try:
+            server_reader, server_writer = await asyncio.open_unix_connection(self._server.directory / ".s.PGSQL.5432")
+        except OSError:  # it is down
+            writer.transport.abort()
+            return
         answers = asyncio.ensure_future(self._answers(server_reader, writer))
         try:
             while data := await reader.read(1 << 16):
