@@ -30,6 +30,7 @@ from tests.support.virtual_loop import VirtualClock, run, this_loop
 CHARACTERS = ("honest", "silent", "sniper", "flapper", "double", "frozen", "ghost", "idle")
 _MONTH_S = 31 * 24 * 3600
 _QUIET_S = 600.0
+_ENDLESS_S = 6000.0
 _PAYEE_KEY = b"\x22" * 32
 
 
@@ -299,8 +300,9 @@ class World:
         self.dev.finality_lag = self.dice.choice((0, 1, 3, 8))
         self.story(f"seed {self.seed}: {characters} {self.names} nodes={len(self.nodes)} lag={self.dev.finality_lag}")
         weather = self.spawn(self._weather())
-        everybody = [self.spawn(payer.live()) for payer in payers]
-        await asyncio.wait({weather, *everybody})
+        everybody = {self.spawn(payer.live()): payer.character for payer in payers}
+        _, endless = await asyncio.wait({weather, *everybody}, timeout=_ENDLESS_S)
+        self.broken += [f"{everybody.get(task, 'the weather')} never ends" for task in endless]
         self._kill_odds = 0.0
         await self._settle_down()
         if self.idlers:
