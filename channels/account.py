@@ -307,8 +307,8 @@ def _renew(account: Account, command: Renew) -> Plan[Outcome]:
     hold = _hold(account, command.hold)
     assert hold.consumed <= command.consumed, "delivery ran backwards"
     if command.consumed > hold.granted:
-        # A database that failed over has lost the extension this was delivered under. Ending the request bills it as far
-        # as the voucher goes; extending the older hold would go on without knowing what else was lost.
+        # A database that failed over has lost the extension this was delivered under. Ending the request bills it as
+        # far as the voucher goes; extending the older hold would go on without knowing what else was lost.
         raise ChannelFault(Reason.HOLD_FENCED, detail="the ledger has lost what this request was delivered under")
     extended = account.phase is Phase.OPEN and not hold.ending
     wanted = max(command.want - hold.granted, 0) if extended else 0
