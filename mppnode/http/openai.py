@@ -20,7 +20,7 @@ from channels.wire.challenge import Challenge
 from channels.wire.credential import Envelope, decode_envelope
 from channels.wire.headers import payment_credentials, serialize_challenge
 from channels.wire.receipt import SessionReceipt
-from mppnode.engine.chat import ChatEngine
+from mppnode.engine.chat import ChatEngine, PaidChat
 from mppnode.http.problem import STATUS, error_body, problem_body, retry_headers
 from mppnode.http.sse import EventStream, small_send_buffer
 from mppnode.kernel.faults import NodeFault, NodeReason
@@ -84,6 +84,29 @@ class ChatSurface:
             return self._fail(call, fault)
 
     async def _serve(self, call: _Call) -> web.StreamResponse:
+        begun = await self._begin(call)
+        return begun if isinstance(begun, web.Response) else await self._stream(call, begun)
+
+    async def _begin(self, call: _Call) -> web.Response | PaidChat:
+        """Everything but a stream, which is only begun.
+
+        A function of its own, as :meth:`_read` is, so that a stream that waits for money does not keep the credential
+        it was bought with in every form it ever had.
+        """
+        presented, chat, offer = self._read(call)
+        if chat is None:
+            return _managed(await self._rail.manage(presented))
+        call.opened = opened = await self._rail.admit(presented)
+        run = await self._engine.start(presented, opened.account, chat, offer)
+        if chat.stream:
+            call.presented = call.opened = None  # from here on no answer shows them
+            return run
+        body, receipt = await run.complete()
+        headers = {**_paid_headers(receipt), "Cache-Control": "private"}
+        return web.Response(body=body, content_type="application/json", headers=headers)
+
+    def _read(self, call: _Call) -> tuple[Presented, ChatRequest | None, Offer]:
+        """The credential, what it is to buy (None to manage its channel), and at what price."""
         tokens = payment_credentials(call.credentials)
         chat = parse_chat(call.body, limits=self._limits) if call.body else None
         call.offer = offer = self._engine.offer(ROUTE, chat.model if chat else None)
@@ -95,20 +118,12 @@ class ChatSurface:
         # the reference server's rule a mid-stream voucher sent to a URL with a query would open a second stream.
         if chat is None or _asks_management(envelope):
             call.presented = presented = self._rail.read(envelope, None, peer=call.peer)
-            return _managed(await self._rail.manage(presented))
+            return presented, None, offer
         self._engine.require_room()
         call.presented = presented = self._rail.read(envelope, offer, peer=call.peer)
-        call.opened = await self._rail.admit(presented)
-        return await self._content(call, presented, call.opened, chat, offer)
+        return presented, chat, offer
 
-    async def _content(
-        self, call: _Call, presented: Presented, opened: Opened, chat: ChatRequest, offer: Offer
-    ) -> web.StreamResponse:
-        run = await self._engine.start(presented, opened.account, chat, offer)
-        if not chat.stream:
-            body, receipt = await run.complete()
-            headers = {**_paid_headers(receipt), "Cache-Control": "private"}
-            return web.Response(body=body, content_type="application/json", headers=headers)
+    async def _stream(self, call: _Call, run: PaidChat) -> web.StreamResponse:
         small_send_buffer(call.request.transport)
         sink = EventStream(call.request, _paid_headers(run.receipt()))
         try:

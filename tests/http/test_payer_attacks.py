@@ -169,6 +169,7 @@ async def test_p13_a_close_at_any_moment_captures_what_was_delivered(tokens: int
 
 async def test_p13_closes_race_streams_and_vouchers(world: World) -> None:
     """P13: closes, vouchers and content at once, twelve channels: one end each, capture never above spent."""
+    totals = []
     for seed in range(12):
         order, channel = random.Random(seed), await world.opened(cumulative=2 * UNIT)
         body = chat("dev/story", max_tokens=60)
@@ -177,8 +178,8 @@ async def test_p13_closes_race_streams_and_vouchers(world: World) -> None:
             consume(world, body | {"stream": True}, await world.pay(payer.voucher(channel, 3 * UNIT), body)),
             consume(world, body | {"stream": True}, await world.pay(payer.voucher(channel, 3 * UNIT), body)),
         ]
-        for payload in (payer.voucher(channel, 4 * UNIT), payer.close(channel, 4 * UNIT), payer.close(channel, 4 * UNIT)):
-            work.append(world.send(None, await world.pay(payload)))
+        managed = (payer.voucher(channel, 4 * UNIT), payer.close(channel, 4 * UNIT), payer.close(channel, 4 * UNIT))
+        work += [world.send(None, await world.pay(payload)) for payload in managed]
         order.shuffle(work)
         results = await asyncio.gather(*work)
         delivered = sum(result for result in results if isinstance(result, int))
@@ -186,6 +187,8 @@ async def test_p13_closes_race_streams_and_vouchers(world: World) -> None:
         assert account.close is not None
         assert account.close.capture == account.spent == delivered // 1_000_000
         assert world.net.chain.balance(world.net.payee) - before == account.spent
+        totals.append(delivered)
+    assert len(set(totals)) > 1, "the race is won by different runners"
 
 
 # ------------------------------------------------------------------------------------------------- P20: side doors
