@@ -243,7 +243,8 @@ class PaidChat:
         self._waiting: asyncio.Task[Any] | None = None
         self.releasing: asyncio.Task[None] | None = None
         self.stall_ms = 0
-        self._settled = asyncio.Event()
+        # Not an Event: a kilobyte each, and thousands of streams may wait for their payers at once.
+        self._settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def receipt(self, *, final: bool = False) -> SessionReceipt:
         """The receipt as of the last committed state; a final one counts this request's tokens."""
@@ -289,7 +290,7 @@ class PaidChat:
             self._stream.supersede()
         elif self._waiting is not None:
             self._waiting.cancel()
-        await self._settled.wait()
+        await asyncio.wait({self._settled})  # awaited itself, it would be cancelled with its waiter
 
     async def abandon(self) -> None:
         """Give a request up whose client left before anything was sent: nothing is charged."""
@@ -303,7 +304,8 @@ class PaidChat:
         try:
             await self._engine.ended(self, total, ending)
         finally:
-            self._settled.set()
+            if not self._settled.done():
+                self._settled.set_result(None)
 
     # --------------------------------------------------------------------------------------------------- streaming
 

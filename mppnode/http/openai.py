@@ -99,7 +99,7 @@ class ChatSurface:
         call.opened = opened = await self._rail.admit(presented)
         run = await self._engine.start(presented, opened.account, chat, offer)
         if chat.stream:
-            call.presented = call.opened = None  # from here on no answer shows them
+            call.presented = call.opened = call.offer = None  # from here on no answer shows them
             return run
         body, receipt = await run.complete()
         headers = {**_paid_headers(receipt), "Cache-Control": "private"}

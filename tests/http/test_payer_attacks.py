@@ -26,6 +26,7 @@ from tests.support.http_client import (
     UNIT,
     V2,
     Channel,
+    Reply,
     Stream,
     World,
     chat,
@@ -167,6 +168,13 @@ async def test_p13_a_close_at_any_moment_captures_what_was_delivered(tokens: int
         assert closed.receipt.spent == delivered
 
 
+async def late(world: World, credential: str, turns: int) -> Reply:
+    """Send after some turns of the loop."""
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    return await world.send(None, credential)
+
+
 async def test_p13_closes_race_streams_and_vouchers(world: World) -> None:
     """P13: closes, vouchers and content at once, twelve channels: one end each, capture never above spent."""
     totals = []
@@ -179,7 +187,7 @@ async def test_p13_closes_race_streams_and_vouchers(world: World) -> None:
             consume(world, body | {"stream": True}, await world.pay(payer.voucher(channel, 3 * UNIT), body)),
         ]
         managed = (payer.voucher(channel, 4 * UNIT), payer.close(channel, 4 * UNIT), payer.close(channel, 4 * UNIT))
-        work += [world.send(None, await world.pay(payload)) for payload in managed]
+        work += [late(world, await world.pay(payload), 40 * seed + order.randrange(20)) for payload in managed]
         order.shuffle(work)
         results = await asyncio.gather(*work)
         delivered = sum(result for result in results if isinstance(result, int))
