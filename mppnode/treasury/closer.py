@@ -31,7 +31,8 @@ from mppnode.treasury.settler import Settler
 _MAY_YET_HAPPEN: Final = frozenset(
     {Reason.CHAIN_UNAVAILABLE, Reason.CHAIN_OUTCOME_UNKNOWN, Reason.CHAIN_REJECTED, Reason.CHANNEL_BUSY}
 )
-_RETRY_S: Final = (2, 5, 15, 60)
+_RETRY_S: Final = (2, 5, 10)
+"""Never rarer: an RPC that comes back for half a minute before the payer may withdraw must be found in time."""
 OURS: Final = "node:"
 """Prefix of the challenge id in the close record of a channel the node closes by its own wish."""
 

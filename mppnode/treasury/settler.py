@@ -24,7 +24,7 @@ from channels.instants import UnixSeconds
 from channels.intent import Intent, IntentKind, IntentState
 from channels.model import Account, NodeId
 from channels.signature import address_of
-from channels.tempo_tx import Call
+from channels.tempo_tx import Call, TempoTx
 from channels.units import Units
 from channels.verify import closed_in, settled_in
 from mppnode.config.secrets import Secret
@@ -120,7 +120,14 @@ class Settler:
                 return await self._found_closed(account, amount, state)
             if kind is IntentKind.SETTLE and state.settled >= amount:
                 raise ChannelFault(Reason.CHAIN_REJECTED, detail="the chain has paid that out already")
-            intent = await self._plan(account, kind, amount, len(tried) + 1, deadline)
+            if tried and not tried[-1].raw:
+                # The last one would have reverted. Whoever asks again every few seconds for days (a payer frozen by the
+                # token's policy) must not fill the ledger with wishes.
+                await self._prepare(tried[-1], account)
+            # Only what was signed counts as tried: a fee that nobody was offered was not too low.
+            attempt = 1 + sum(1 for intent in tried if intent.raw)
+            known = [at for at in (deadline, *(intent.deadline for intent in tried)) if at is not None]
+            intent = await self._plan(account, kind, amount, attempt, min(known, default=None))
             intent = await self._drive(intent, account)
             if intent.state is IntentState.FINAL:
                 return await self._landed(intent, account)
@@ -181,10 +188,13 @@ class Settler:
             intent = await self._send(intent)
         return await self._await_end(intent, account) if intent.active else intent
 
-    async def _sign(self, intent: Intent, account: Account) -> Intent:
+    async def _prepare(self, intent: Intent, account: Account) -> TempoTx:
         call = Call(account.escrow.address, _calldata(account, intent))
+        return await self._chain.prepare(self._payee, (call,), fee_token=self._fee_token, entropy=self._entropy(8))
+
+    async def _sign(self, intent: Intent, account: Account) -> Intent:
         try:
-            tx = await self._chain.prepare(self._payee, (call,), fee_token=self._fee_token, entropy=self._entropy(8))
+            tx = await self._prepare(intent, account)
         except ChannelFault as fault:
             if fault.reason is not Reason.CHAIN_REJECTED:
                 raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -55,7 +55,7 @@ class TreasuryPolicy:
     alarm_s: float = 60.0
     """Without a successful sweep for so long, people should look."""
     at_once: int = 8
-    """Transactions in flight; more would only queue at the RPC."""
+    """Transactions in flight, and as many closes of payers who leave; more would only queue at the RPC."""
 
 
 class Treasurer:
@@ -91,11 +91,18 @@ class Treasurer:
         self._policy = policy
         self._chores = chores
         self._sleep = sleep
+        # Each its own: a close that races the payer's exit must not queue behind settlements that could wait for weeks.
         self._slots = asyncio.Semaphore(policy.at_once)
+        self._urgent_slots = asyncio.Semaphore(policy.at_once)
         self._since: dict[ChannelId, float] = {}
         self._running: set[ChannelId] = set()
         self._fee = Units(0)
+        self._owed: Mapping[Address, int] = {}
+        """By payer, over all channels, as the last complete review found it."""
         self._swept_at: float | None = None
+        self._adopted_at: float | None = None
+        self._relieved_at = clock.monotonic()
+        """When another process last led: then it looks at the chain, and it raises the alarm."""
         self._blind = False
 
     async def keep(self) -> None:
@@ -104,6 +111,9 @@ class Treasurer:
             try:
                 if await self._ledger.lead(JOB, self._node()):
                     await self.turn()
+                else:
+                    self._relieved_at = self._clock.monotonic()
+                await self._adopt()
             except ChannelFault as fault:
                 self._log("treasury.late", level=Level.WARNING, reason=fault.reason.value)
             self._look_for_blindness()
@@ -122,7 +132,8 @@ class Treasurer:
                 await chore()
 
     def _look_for_blindness(self) -> None:
-        blind = self._clock.monotonic() - self._watcher.checked_at > self._policy.alarm_s
+        seen_at = max(self._watcher.checked_at, self._relieved_at)
+        blind = self._clock.monotonic() - seen_at > self._policy.alarm_s
         if blind and not self._blind:
             self._log("treasury.blind", level=Level.ERROR, seconds=int(self._policy.alarm_s))
         self._blind = blind
@@ -139,27 +150,33 @@ class Treasurer:
         requested = account.chain.close_requested_at
         assert requested is not None
         deadline = UnixSeconds(requested + CLOSE_GRACE_S - self._policy.margin_s)
-        self._start(account, self._closing(account, "payer-leaves", deadline))
+        self._start(account, self._closing(account, "payer-leaves", deadline), urgent=True)
 
     async def _review(self) -> None:
         """Weigh every channel that is not closed."""
         self._fee = await self._chain.fee_units(self._policy.settle_gas)
         owed: defaultdict[Address, int] = defaultdict(int)
+        leaving: list[Account] = []
         after, seen = None, set[ChannelId]()
         while page := await self._ledger.page(Which.NOT_CLOSED, after=after):
             after = page[-1].id
             for account in page:
                 seen.add(account.id)
-                owed[account.descriptor.payer] += account.unsettled
-                self._weigh(account, owed[account.descriptor.payer])
+                payer = account.descriptor.payer
+                owed[payer] += account.unsettled
+                if account.phase is Phase.CONTESTED:
+                    leaving.append(account)
+                else:
+                    # The last review's sum: this one's is not complete before the last page.
+                    self._weigh(account, max(self._owed.get(payer, 0), owed[payer]))
+        for account in sorted(leaving, key=lambda account: account.chain.close_requested_at or 0):
+            self._react(account)
         self._since = {channel: at for channel, at in self._since.items() if channel in seen}
-        await self._adopt()
+        self._owed = owed
 
     def _weigh(self, account: Account, owed_by_payer: int) -> None:
         policy, fee, now = self._policy, self._fee, self._clock.monotonic()
-        if account.phase is Phase.CONTESTED:
-            self._react(account)
-        elif account.phase in (Phase.CLOSING, Phase.CAPTURED):
+        if account.phase in (Phase.CLOSING, Phase.CAPTURED):
             # Somebody's close that nobody may be driving any more; a second driver only waits for the first one.
             if self._since.setdefault(account.id, now) < now and not self._closer.busy(account.id):
                 self._closer.later(account.id, at_once=True)
@@ -180,7 +197,15 @@ class Treasurer:
         return self._clock.now() - account.active_at >= self._policy.idle_close_s
 
     async def _adopt(self) -> None:
-        """Go on with transactions whose driver is gone, this process's own from before a crash among them."""
+        """Go on with transactions nobody drives: those of dead processes, and our own whose wait was over.
+
+        Every process does this, not the leader alone. The leader leaves alone what a living process owns, so an owner
+        that no longer leads is the only one who can bring its transaction to an end.
+        """
+        now = self._clock.monotonic()
+        if self._adopted_at is not None and now - self._adopted_at < self._policy.sweep_s:
+            return
+        self._adopted_at = now
         living = await self._ledger.living()
         for intent in await self._ledger.intents(active=True):
             ours = intent.owner == self._node()
@@ -192,14 +217,15 @@ class Treasurer:
 
     # --------------------------------------------------------------------------------------------------------- work
 
-    def _start(self, account: Account, work: Callable[[], Awaitable[object]]) -> None:
+    def _start(self, account: Account, work: Callable[[], Awaitable[object]], *, urgent: bool = False) -> None:
         if account.id not in self._running and not self._closer.busy(account.id):
             self._running.add(account.id)
-            self._owner.spawn(self._run(account, work), name="move money")
+            slots = self._urgent_slots if urgent else self._slots
+            self._owner.spawn(self._run(account, work, slots), name="move money")
 
-    async def _run(self, account: Account, work: Callable[[], Awaitable[object]]) -> None:
+    async def _run(self, account: Account, work: Callable[[], Awaitable[object]], slots: asyncio.Semaphore) -> None:
         try:
-            async with self._slots:
+            async with slots:
                 await work()
         except ChannelFault as fault:
             late = fault.reason in _LATE

@@ -11,7 +11,6 @@ from typing import Any
 
 from pytest import MonkeyPatch
 
-
 from channels import tempo_tx
 from channels.keccak import keccak256
 from channels.tempo_tx import SignedTx

@@ -82,9 +82,7 @@ class Oracle:
                 self.tally.settled += 1
             elif isinstance(event, v2.ChannelClosed):
                 self._over(channel, event, ours=ours)
-            elif isinstance(event, v2.ChannelOpened):
-                self.deposits[channel] = event.deposit
-            elif isinstance(event, v2.ToppedUp):
+            elif isinstance(event, (v2.ChannelOpened, v2.ToppedUp)):
                 self.deposits[channel] = event.deposit
             elif isinstance(event, v2.CloseRequested):
                 self.requested[channel] = world.now

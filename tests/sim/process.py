@@ -183,9 +183,9 @@ class Process:
 
     # -------------------------------------------------------------------------------------------------------- streams
 
-    async def quiesce(self, channel: ChannelId) -> None:
+    async def quiesce(self, channel: ChannelId, *, but: HoldId | None = None) -> None:
         """End this process's streams of a channel and wait for their bills."""
-        mine = [stream for stream in self._streams.values() if stream.bill.channel == channel]
+        mine = [s for hold, s in self._streams.items() if s.bill.channel == channel and hold != but]
         for stream in mine:
             stream.stop.set()
         for stream in mine:
@@ -222,7 +222,7 @@ class Process:
             else:
                 return True
             try:
-                await self.quiesce(channel)
+                await self.quiesce(channel, but=hold)
                 await self.ending.streams(channel)
             except ChannelFault:
                 return False

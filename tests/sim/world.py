@@ -204,9 +204,16 @@ class World:
     def _alarmed(self, begin: float, processes: dict[str, Process]) -> None:
         for process in processes.values():
             if len(processes) == 1 and not process.dead:
-                if not any(begin < at <= self.now for at in process.alarms):
+                # One alarm per blindness, which may have begun in an outage just before this one.
+                if not any(begin - self.policy.alarm_s < at <= self.now for at in process.alarms):
                     self.oracle.violations.append(f"at {self.now:.1f}: nobody was told that the treasury was blind")
                 self.oracle.tally.alarms += 1
+
+    def _no_false_alarm(self) -> None:
+        for process in self.processes.values():
+            for at in process.alarms:
+                if any(start + self.policy.alarm_s + 30 < at <= end for start, end in self.calm()):
+                    self.oracle.violations.append(f"{process.name} raised a false alarm at {at:.1f}")
 
     async def _limit(self) -> None:
         for node in self.nodes:
@@ -308,6 +315,7 @@ class World:
         if self.idlers:
             await self._sleep_a_month()
         await self.oracle.end()
+        self._no_false_alarm()
         return self._verdict()
 
     async def _settle_down(self) -> None:
