@@ -127,7 +127,8 @@ class NodeProcess:
     def signal(self, number: signal.Signals) -> None:
         """Any signal, to a child that is still there: a pid of the dead may be somebody else's by now."""
         if not self.dead and not self.reader.at_eof():
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):  # it died a moment ago and its socket's end is on the way
+                os.kill(self.pid, number)
 
     async def stop(self) -> None:
         """Ask the node to drain and end, and wait for it."""
