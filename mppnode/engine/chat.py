@@ -293,10 +293,10 @@ class PaidChat:
         await asyncio.wait({self._settled})  # awaited itself, it would be cancelled with its waiter
 
     async def abandon(self) -> None:
-        """Give a request up whose client left before anything was sent: nothing is charged."""
+        """Give a request up whose client left before anything was sent: the provider has taken its prompt, no more."""
         if self.upstream is not None:
             self.upstream.cancel()
-        release = self._engine.owner.start(self.settle(Pico(0), Ending.DISCONNECTED), name="release hold")
+        release = self._engine.owner.start(self.settle(self.tally.prompt, Ending.DISCONNECTED), name="release hold")
         await asyncio.wait({release})
 
     async def settle(self, total: Pico, ending: Ending) -> None:

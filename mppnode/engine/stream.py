@@ -4,8 +4,9 @@
 count, compare with the durable hold, hand the covered prefix to the client in one write. What is not covered waits in
 memory while the upstream is not read, so the backlog is at most one read. Timers exist only while something waits.
 
-A chunk counts as delivered when the client's user-space buffer is empty again; only delivered chunks are ever folded
-into the ledger, so a client that stops reading is not charged for what it never got.
+A chunk counts as delivered when its last byte has left this process; only delivered chunks are ever folded into the
+ledger, so a client that stops reading is not charged for what it never got. Waiting until the client's buffer is empty
+would be simpler and is wrong: whoever reads a little slower than we write, and resets at the end, would read for free.
 """
 
 from __future__ import annotations
@@ -59,6 +60,40 @@ class StreamLimits:
 class PaidStream:
     """Moves one response from an upstream to a client, inside what has been paid for."""
 
+    # Thousands of streams may wait for their payers at once, and this many members cost a kilobyte in a dict.
+    __slots__ = (
+        "_behind",
+        "_decoder",
+        "_drained_pico",
+        "_drained_tokens",
+        "_ending",
+        "_left",
+        "_limits",
+        "_loop",
+        "_paused",
+        "_pending",
+        "_probe",
+        "_seen_pico",
+        "_silent_since",
+        "_sink",
+        "_stalled_since",
+        "_starved_since",
+        "_tab",
+        "_tally",
+        "_timer",
+        "_timer_at",
+        "_tokens_max",
+        "_unsent",
+        "_upstream",
+        "_upstream_ended",
+        "_written_bytes",
+        "_written_pico",
+        "error",
+        "first_chunk",
+        "starved_s",
+        "usage_sent",
+    )
+
     def __init__(
         self,
         *,
@@ -81,10 +116,15 @@ class PaidStream:
         self._limits = limits
         self._pending: deque[Chunk] = deque()
         self._paused = False
+        self._behind = False
         self._upstream_ended = False
         self._written_pico = 0
+        self._written_bytes = 0
+        self._unsent: list[tuple[int, int, int]] = []  # per write not yet out: bytes, pico and tokens up to its end
         self._drained_pico = 0
         self._drained_tokens = 0
+        self._seen_pico = 0
+        self._left = False
         self._silent_since = 0.0
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -120,6 +160,9 @@ class PaidStream:
         if ending is Ending.COMPLETE and not self._sink.gone() and self._sink.buffered() == 0:
             return self._tally.total()
         self._delivered()
+        if self._left and not self._drained_tokens:
+            # The provider has taken the prompt and bills it. Free, a dear prompt and a hang-up would cost us at will.
+            return self._tally.prompt
         return Pico(self._drained_pico)
 
     async def drained(self) -> bool:
@@ -161,7 +204,7 @@ class PaidStream:
         self._delivered()
         pending, tally, tab = self._pending, self._tally, self._tab
         frames: list[bytes] = []
-        finished = overrun = False
+        finished = overrun = self._behind = False
         while pending:
             chunk = pending[0]
             if chunk.error is not None:
@@ -178,7 +221,7 @@ class PaidStream:
                     pending.clear()
                     overrun = True
                     break
-                if not tab.cover(total):
+                if not self._covered(total):
                     break
                 tally.tokens += chunk.tokens
                 self._written_pico = total
@@ -199,12 +242,24 @@ class PaidStream:
             )
         if frames:
             self._probe("write.before")
-            self._sink.write(b"".join(frames) if len(frames) > 1 else frames[0])
+            self._write(b"".join(frames) if len(frames) > 1 else frames[0])
             self._probe("write.after" if need is None else "need_voucher.after")
             self._silent_since = self._loop.time()
         if overrun:
             self._end(Ending.OVERRUN)
         self._settle(finished=finished)
+
+    def _covered(self, total: int) -> bool:
+        """Whether one more chunk may be written: it is paid for, and the client keeps up."""
+        # Without the second half the hold would grow with what the client has not taken, and would bound no loss.
+        self._behind = total - self._drained_pico > self._tab.window_pico_max and self._sink.buffered() > 0
+        return not self._behind and self._tab.cover(total)
+
+    def _write(self, frames: bytes) -> None:
+        # The sink may add framing and then reports more unsent than was written here: a chunk counts late, never early.
+        self._sink.write(frames)
+        self._written_bytes += len(frames)
+        self._unsent.append((self._written_bytes, self._written_pico, self._tally.tokens))
 
     def _take_usage(self, usage: Usage) -> bool:
         self._tally.report = usage
@@ -231,15 +286,17 @@ class PaidStream:
 
     def _flow(self) -> None:
         """Match the upstream's pace to money and to the client's reading; never a timer per token."""
-        buffered = self._sink.buffered()
-        if not buffered:  # noted now: at a disconnect it is too late to ask, and what was read would be free
-            self._drained_pico, self._drained_tokens = self._written_pico, self._tally.tokens
-        starved, stalled = bool(self._pending), buffered > _HIGH_WATER
+        self._delivered()  # noted now: at a disconnect it is too late to ask, and what was read would be free
+        full = self._sink.buffered() > _HIGH_WATER
+        stalled = full or self._behind
+        starved = bool(self._pending) and not stalled
         now = self._loop.time()
         if self._starved_since is not None and not starved:
             self.starved_s += now - self._starved_since
         self._starved_since = (self._starved_since or now) if starved else None
-        self._stalled_since = (self._stalled_since or now) if stalled else None
+        moved, self._seen_pico = self._drained_pico > self._seen_pico, self._drained_pico
+        fresh = self._stalled_since is None or (moved and not full)  # slow is not stalled
+        self._stalled_since = (now if fresh else self._stalled_since) if stalled else None
         if (starved or stalled) != self._paused and not self._upstream_ended:
             self._paused = not self._paused
             (self._upstream.pause if self._paused else self._upstream.resume)()
@@ -247,9 +304,16 @@ class PaidStream:
             self._schedule()
 
     def _delivered(self) -> int:
-        """Pico of what has left this process: everything written, once the buffer is empty."""
-        if self._sink.buffered() == 0 and not self._sink.gone():
-            self._drained_pico, self._drained_tokens = self._written_pico, self._tally.tokens
+        """Pico of what has left this process."""
+        if not self._unsent or self._sink.gone():
+            return self._drained_pico
+        unsent, left, gone = self._unsent, self._sink.buffered(), 0
+        sent = self._written_bytes - left
+        while gone < len(unsent) and unsent[gone][0] <= sent:
+            gone += 1
+        if gone:
+            _, self._drained_pico, self._drained_tokens = unsent[gone - 1]
+            del unsent[:gone]
         return self._drained_pico
 
     @property
@@ -287,7 +351,7 @@ class PaidStream:
             self._end(Ending.UNPAID)
         else:
             if now - self._silent_since >= limits.heartbeat_s and self._sink.buffered() == 0:
-                self._sink.write(b": waiting\n\n")
+                self._write(b": waiting\n\n")
                 self._silent_since = now
             if self._stalled_since is not None:
                 self._pump()
@@ -296,6 +360,8 @@ class PaidStream:
     def _end(self, ending: Ending) -> None:
         if not self._ending.done():
             self._delivered()
+            # Asked now: when this node stops it cancels the request first and closes the connection afterwards.
+            self._left = ending is Ending.DISCONNECTED and self._sink.gone()
             self._ending.set_result(ending)
 
     def abandon(self) -> None:

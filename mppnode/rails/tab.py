@@ -96,6 +96,11 @@ class SessionTab:
         self.delivered: Callable[[], int] = lambda: self._consumed
 
     @property
+    def window_pico_max(self) -> int:
+        """Most that may be written and not yet delivered: what the node can lose of a stream, in pico."""
+        return self._policy.window_units_max * PICO_PER_UNIT
+
+    @property
     def ended(self) -> ChannelFault | None:
         """Why this tab can never cover more, or None: a newer request took the channel, it is closing, and so on."""
         return self._ended
