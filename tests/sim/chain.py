@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any
 
-from pytest import MonkeyPatch
+import pytest
 
 from channels import tempo_tx
 from channels.keccak import keccak256
@@ -45,7 +45,7 @@ def remembering() -> Iterator[None]:
     raw, decode = SignedTx.raw, tempo_tx.decode
     assert isinstance(raw, property)
     assert raw.fget is not None
-    with MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SignedTx, "raw", property(lru_cache(None)(raw.fget)))
         patch.setattr(SignedTx, "tx_hash", property(lru_cache(None)(lambda signed: keccak256(signed.raw))))
         patch.setattr(tempo_tx, "decode", lru_cache(None)(decode))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-from pytest import MonkeyPatch
+import pytest
 
 from tests.sim.process import PRODUCT
 
@@ -55,8 +55,12 @@ MUTANTS: dict[str, tuple[Change, ...]] = {
         ("rpc", "final = await self.finalised()\n        receipt", "final = await self.head()\n        receipt"),
     ),
     "does not react to a close request": (("treasurer", "if account.phase is not Phase.CONTESTED or (", "if True or ("),),
+    "leaves its own transactions to the leader": (
+        ("treasurer", "                await self._adopt()", "                await self._adopt() if await self._ledger.lead(JOB, self._node()) else None"),
+    ),
+    "comes back once a minute": (("closer", "(2, 5, 10)", "(2, 5, 60)"),),
     "gives up a close after the first failure": (
-        ("treasurer", "elif account.phase in (Phase.CLOSING, Phase.CAPTURED):", "elif account.phase in ():"),
+        ("treasurer", "if account.phase in (Phase.CLOSING, Phase.CAPTURED):", "if account.phase in ():"),
     ),
 }
 
@@ -70,7 +74,7 @@ def built(name: str) -> Iterator[SimpleNamespace]:
         assert old in source, f"the mutant no longer applies, say it in today's words: {old}"
         sources[module] = source.replace(old, new)
     product = SimpleNamespace(**vars(PRODUCT))
-    with MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         for where, source in sources.items():
             module = ModuleType(f"mutant_{where}")
             patch.setitem(sys.modules, module.__name__, module)

@@ -5,12 +5,12 @@ It never reads a balance of the books: ``used up for good`` is what ended stream
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from channels import escrow as v2
 from channels.account import check
-from channels.ids import ChannelId
+from channels.ids import ChannelId, Hash32
 from channels.intent import IntentKind, IntentState
 from channels.model import Phase
 from channels.tempo_tx import SignedTx
@@ -41,7 +41,6 @@ class Tally:
     flaps: int = 0
     alarms: int = 0
     kills: int = 0
-    closes: dict[ChannelId, int] = field(default_factory=dict)
 
 
 class Oracle:
@@ -51,7 +50,8 @@ class Oracle:
         self._world = world
         self.tally = Tally()
         self.violations: list[str] = []
-        self.deposits: dict[ChannelId, int] = {}
+        self._paid: dict[ChannelId, int] = {}
+        self._closes: dict[ChannelId, set[Hash32]] = {}
         self.flappers: set[ChannelId] = set()
         self.requested: dict[ChannelId, float] = {}
 
@@ -81,9 +81,7 @@ class Oracle:
                 self._captured(channel, event.settled)
                 self.tally.settled += 1
             elif isinstance(event, v2.ChannelClosed):
-                self._over(channel, event, ours=ours)
-            elif isinstance(event, (v2.ChannelOpened, v2.ToppedUp)):
-                self.deposits[channel] = event.deposit
+                self._over(channel, event, int(receipt["blockNumber"], 16), ours=ours)
             elif isinstance(event, v2.CloseRequested):
                 self.requested[channel] = world.now
         if ours:
@@ -92,7 +90,7 @@ class Oracle:
             self._require(intent is not None, "a transaction was sent that no intent remembers")
             if intent is not None:
                 if intent.kind is IntentKind.CLOSE:
-                    self.tally.closes[intent.channel] = self.tally.closes.get(intent.channel, 0) + 1
+                    self._closes.setdefault(intent.channel, set()).add(signed.tx_hash)
                 self._require(intent.state is not IntentState.DEAD, "a transaction that was given up has been mined")
             self.tally.reverted += receipt["status"] == "0x0"
         world.stirred.set()
@@ -101,14 +99,16 @@ class Oracle:
         most = self.for_good(channel, most=True)
         self._require(amount <= most, f"captured {amount} of {channel.hex()[:8]}, but only {most} was used up for good")
 
-    def _over(self, channel: ChannelId, event: v2.ChannelClosed, *, ours: bool) -> None:
+    def _over(self, channel: ChannelId, event: v2.ChannelClosed, block: int, *, ours: bool) -> None:
         world = self._world
-        self._require(event.settled + event.refunded == self.deposits[channel], "capture and refund are not the deposit")
+        deposit = world.dev.model.reserve.slots.at(channel, block - 1).deposit
+        self._require(event.settled + event.refunded == deposit, "capture and refund are not the deposit")
         self._captured(channel, event.settled)
         lost = self.for_good(channel, most=False) - event.settled
         world.story(f"chain: {channel.hex()[:8]} over, ours={ours}, paid {event.settled}, lost {lost}")
         if ours:
             self.tally.closed += 1
+            self._paid[channel] = event.settled
             self._require(lost <= 0, f"our own close of {channel.hex()[:8]} left {lost} behind")
             return
         self.tally.withdrawn += 1
@@ -168,9 +168,12 @@ class Oracle:
             self._require(not account.holds, "a hold outlived its stream")
         async for difference in Reconciler(world.plain_ledger, world.plain_chain()).run():
             self._require(False, f"reconcile: {difference}")
+        for channel, paid in self._paid.items():
+            used = self.for_good(channel, most=False)
+            self._require(used <= paid, f"{used - paid} of {channel.hex()[:8]} was served after its end")
         for channel in self.flappers:
-            closes = self.tally.closes.get(channel, 0)
-            self._require(closes <= 1, f"a flapping payer cost {closes} closes")
+            closes = [tx for tx in self._closes.get(channel, ()) if tx in world.dev._receipts]  # not those a fork forgot
+            self._require(len(closes) <= 1, f"a flapping payer cost {len(closes)} closes")
 
     def _require(self, holds: bool, what: str) -> None:
         if not holds:

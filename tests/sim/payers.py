@@ -157,7 +157,12 @@ class Payer:
         await self.ask(close, tries=1)
 
     async def _honest(self) -> None:
-        await self._close("the end")
+        """Closes; when no answer comes, uses the channel a little more if it may, and closes again."""
+        for attempt in range(3):
+            await self._close(f"the end {attempt}")
+            if self.phase is Phase.CLOSED:
+                return
+            await self.use(20_000, pace_s=0.3)
         await self.world.until(lambda: not self.slot.deposit, at_most_s=200)
 
     async def _silent(self) -> None:
@@ -204,10 +209,13 @@ class Payer:
             async def sign(process: Any, deposit: int = deposit) -> None:
                 await process.books.apply(self.channel, AcceptVoucher(self.voucher(deposit)))
 
-            for _ in range(4):
+            forked_after = self.dice.randrange(6)
+            for attempt in range(4):
                 if await self.ask(sign, tries=1):
                     self.accepted = max(self.accepted, deposit)
                 await asyncio.sleep(3)
+                if attempt == forked_after:
+                    self.world.fork_away()
         await self._honest()
 
     async def _idle(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine
 from types import SimpleNamespace
 from typing import Any
 
-from channels.descriptor import RESERVE_ADDRESS, Escrow, SessionProtocol
+from channels.descriptor import CLOSE_GRACE_S, RESERVE_ADDRESS, Escrow, SessionProtocol
 from channels.ids import ChannelId
 from channels.model import HoldId, Phase
 from channels.signature import address_of
@@ -60,7 +60,7 @@ class World:
         self.unsettled_max = Units(10_000_000)
         self.flaps = 100 if dice.random() < 0.05 else 5
         self.hang_s = dice.choice((0.0, 0.0, 10.0))
-        self.names = ("one", "two")[: 1 + (dice.random() < 0.4)]
+        self.names = ("one", "two")[: 1 + (dice.random() < 0.5)]
         self.everybody_leads = len(self.names) > 1 and dice.random() < 0.5
         self.policy = TreasuryPolicy(
             settle_age_s=dice.choice((60, 600, 6 * 3600)),
@@ -179,7 +179,7 @@ class World:
         """Bad things, one after the other, for as long as a grace period and a bit."""
         dice = self.dice
         kinds = [self._outage, self._limit, self._lag, self._lose, self._reorg, self._halt, self._spike, self._crash]
-        kinds += [self._fork, self._lie, self._skew, self._ledger_away, self._outage]
+        kinds += [self._long_night, self._fork, self._lie, self._skew, self._ledger_away, self._outage]
         await asyncio.sleep(dice.random() * 60)
         end = self.now + dice.choice((30, 100, 300, 1000))
         while self.now < end:
@@ -193,19 +193,29 @@ class World:
 
     async def _outage(self) -> None:
         seconds = self.dice.choice((3, 40, 100, 850))
+        await self._dead(seconds)
+
+    async def _long_night(self) -> None:
+        """The RPC comes back just in time to save what the first of the leaving payers owes."""
+        pending = [at for channel, at in self.oracle.requested.items() if self.dev.model.reserve.slots[channel].deposit]
+        left = min(pending, default=0.0) + CLOSE_GRACE_S - self.dice.choice((32, 40, 60)) - self.now
+        if left > 0:
+            await self._dead(left)
+
+    async def _dead(self, seconds: float) -> None:
         self.story(f"weather: RPC dead for {seconds}")
         for node in self.nodes:
             node.dead_for(seconds)
-        begin, alone = self.now, dict(self.processes)
+        alone = dict(self.processes)
         await self._while_bad(seconds)
         if seconds > self.policy.alarm_s + 30:
-            self._alarmed(begin, alone)
+            self._alarmed(alone)
 
-    def _alarmed(self, begin: float, processes: dict[str, Process]) -> None:
+    def _alarmed(self, processes: dict[str, Process]) -> None:
         for process in processes.values():
             if len(processes) == 1 and not process.dead:
                 # One alarm per blindness, which may have begun in an outage just before this one.
-                if not any(begin - self.policy.alarm_s < at <= self.now for at in process.alarms):
+                if not any(process.watcher.checked_at < at for at in process.alarms):
                     self.oracle.violations.append(f"at {self.now:.1f}: nobody was told that the treasury was blind")
                 self.oracle.tally.alarms += 1
 
@@ -238,6 +248,10 @@ class World:
             node.lost.clear()
 
     async def _reorg(self) -> None:
+        self.fork_away()
+
+    def fork_away(self) -> None:
+        """Replace some of the blocks that are not final; half of their transactions come back by themselves."""
         depth = self.dice.randint(0, self.dev.head - self.dev.final)
         lost = self.dev.reorg(depth) if depth else ()
         self.story(f"weather: reorg of {depth}, {len(lost)} transactions lost")
@@ -340,7 +354,9 @@ class World:
     async def _sleep_a_month(self) -> None:
         """The whole machine sleeps; when it wakes, channels nobody has used since are closed."""
         await asyncio.sleep(1)
+        self.disturb(+1)
         this_loop().jump(_MONTH_S)
+        self.disturb(-1)
         await asyncio.sleep(120)
         await self._settle_down()
         for account in self.ledger._accounts.values():
