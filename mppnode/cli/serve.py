@@ -7,10 +7,10 @@ import os
 import signal
 import sqlite3
 import sys
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from channels.faults import ChannelFault
 from mppnode.app import Node
@@ -36,17 +36,17 @@ def serve(path: Path, *, workers: int | None = None, worker: str | None = None) 
     if worker is not None:
         from mppnode.cli.workers import read_worker, worker_config
 
-        return run(_serve(worker_config(config, *read_worker(worker)), leashed=True))
+        return run(_run(worker_config(config, *read_worker(worker)), Node, leashed=True))
     config = replace(config, node=replace(config.node, workers=workers or config.node.workers))
     if config.node.workers > 1:
         return run(_supervise(path, config))
-    return run(_serve(config))
+    return run(_run(config, Node))
 
 
 def watchtower(path: Path) -> int:
     """Run the treasury alone: it settles and closes, and serves nobody."""
     config = read_config(path)
-    return _BAD_CONFIG if config is None else run(_watch(config))
+    return _BAD_CONFIG if config is None else run(_run(config, Watchtower))
 
 
 def read_config(path: Path) -> Config | None:
@@ -73,9 +73,14 @@ def log_of(config: Config) -> Log:
     return make_log(clock=SystemClock(), level=Level[config.log.level.upper()], as_json=as_json)
 
 
-async def _serve(config: Config, *, leashed: bool = False) -> int:
-    log = log_of(config)
-    stop, fatal = _stop_signal(), list[BaseException]()
+class _Service(Protocol):
+    async def start(self) -> None: ...
+    async def stop(self) -> None: ...
+
+
+async def _run(config: Config, make: Callable[[Config, World], _Service], *, leashed: bool = False) -> int:
+    """Run a service until it is told to stop or its ledger fails; the exit status says which."""
+    log, stop, fatal = log_of(config), _stop_signal(), list[BaseException]()
     if leashed:
         await _stop_with_supervisor(stop)
 
@@ -85,14 +90,14 @@ async def _serve(config: Config, *, leashed: bool = False) -> int:
         fatal.append(error)
         stop.set()
 
-    node = Node(config, World(SystemClock(), os.urandom, log, on_fatal))
+    service = make(config, World(SystemClock(), os.urandom, log, on_fatal))
     try:
-        await node.start()
+        await service.start()
     except CANNOT_START as error:
         print(f"mppnode: cannot start: {error}", file=sys.stderr)
         return _FAILED
     await stop.wait()
-    await node.stop()
+    await service.stop()
     if fatal:
         print(f"mppnode: stopped because the ledger failed: {fatal[0]}", file=sys.stderr)
     return _FAILED if fatal else 0
@@ -106,25 +111,6 @@ async def _supervise(path: Path, config: Config) -> int:
     except CANNOT_START as error:
         print(f"mppnode: cannot start: {error}", file=sys.stderr)
         return _FAILED
-
-
-async def _watch(config: Config) -> int:
-    log, stop, fatal = log_of(config), _stop_signal(), list[BaseException]()
-
-    def on_fatal(error: BaseException) -> None:
-        log("ledger.failed", level=Level.ERROR, error=type(error).__name__)
-        fatal.append(error)
-        stop.set()
-
-    tower = Watchtower(config, World(SystemClock(), os.urandom, log, on_fatal))
-    try:
-        await tower.start()
-    except CANNOT_START as error:
-        print(f"mppnode: cannot start: {error}", file=sys.stderr)
-        return _FAILED
-    await stop.wait()
-    await tower.stop()
-    return _FAILED if fatal else 0
 
 
 async def run_devnet(*, port: int, tokens_per_second: float) -> int:

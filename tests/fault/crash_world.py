@@ -34,6 +34,7 @@ from mppnode.observe.logs import quiet
 from mppnode.parts import World as NodeWorld
 from mppnode.parts import open_ledger
 from mppnode.payer.client import PayingClient, PaymentGivenUp, RequestFailed
+from mppnode.watchtower import Watchtower
 from tests.fault.witness import Witness
 from tests.support.node_process import INPUT_PICO, OUTPUT_PICO, WINDOW_UNITS, Spec
 
@@ -192,6 +193,22 @@ class Auditor:
             f"{tokens} tokens on {len(self.witness.channels)} channels, overcharged 0 units, accepted vouchers lost 0, "
             f"lost per stream and crash: median {losses[len(losses) // 2]}, most {losses[-1]} of at most {LOSS_UNITS_MAX} units"
         )
+
+
+async def close_everything(net: World) -> None:
+    """Channels payers gave up are the operator's to close, from a process that serves nobody."""
+
+    def never(error: BaseException) -> None:
+        raise AssertionError(f"the ledger failed: {error!r}")
+
+    tower = Watchtower(net.spec.config(), NodeWorld(SystemClock(), net.random.randbytes, quiet, never))
+    await tower.open()
+    try:
+        for account in (await net.ledger()).values():
+            if account.phase is not Phase.CLOSED:
+                await tower.treasury.closer.close(account, "operator")
+    finally:
+        await tower.stop()
 
 
 def assert_chain_agrees(net: World, books: dict[ChannelId, Account]) -> None:

@@ -21,8 +21,7 @@ from mppnode.observe.logs import quiet
 from mppnode.parts import World as NodeWorld
 from mppnode.parts import open_ledger
 from mppnode.payer.client import PaymentGivenUp
-from mppnode.watchtower import Watchtower
-from tests.fault.crash_world import Auditor, Payer, World, assert_chain_agrees, world
+from tests.fault.crash_world import Auditor, Payer, World, assert_chain_agrees, close_everything, world
 from tests.fault.points import AFTER_A_DEATH, ELSEWHERE, STORY
 from tests.support.node_process import NodeProcess, Nursery, Spec, nursery
 from tests.support.postgres import postgres_database
@@ -140,19 +139,7 @@ async def tell(net: World, stage: Stage) -> None:
         await stage.until(stream)
         await stage.until(close)
         await stage.stop()
-        await close_what_is_left(net)
-
-
-async def close_what_is_left(net: World) -> None:
-    """Channels the payer gave up are the operator's to close, without any node."""
-    tower = Watchtower(net.spec.config(), NodeWorld(SystemClock(), net.random.randbytes, quiet, _never))
-    await tower.open()
-    try:
-        for account in (await net.ledger()).values():
-            if account.phase is not Phase.CLOSED:
-                await tower.treasury.closer.close(account, "operator")
-    finally:
-        await tower.stop()
+        await close_everything(net)
 
 
 async def make_stage(stack: AsyncExitStack, store: str, folder: Path, crash: str, *, report: bool = False) -> Stage:

@@ -17,13 +17,18 @@ import pytest
 
 from channels.model import Phase
 from channels.payer.signer import LocalSigner
-from mppnode.kernel.clock import SystemClock
 from mppnode.ledger.base import GRACE_S, LEASE_S
 from mppnode.ledger.life import SWEEP_S
-from mppnode.observe.logs import quiet
-from mppnode.parts import World as NodeWorld
-from mppnode.watchtower import Watchtower
-from tests.fault.crash_world import PROMPT_PICO, WHOLE_PROMPT_PICO, Auditor, Payer, World, assert_chain_agrees, world
+from tests.fault.crash_world import (
+    PROMPT_PICO,
+    WHOLE_PROMPT_PICO,
+    Auditor,
+    Payer,
+    World,
+    assert_chain_agrees,
+    close_everything,
+    world,
+)
 from tests.fault.witness import Witness
 from tests.support.node_process import NodeProcess, nursery
 from tests.support.postgres import postgres_database
@@ -69,22 +74,6 @@ async def fleet(stack: AsyncExitStack, *, tokens_per_second: float = 1_500.0) ->
     await made.open_doors()
     stack.push_async_callback(made.close_doors)
     return made
-
-
-async def close_everything(net: World) -> None:
-    """The operator closes what is open, from a process that serves nobody."""
-
-    def never(error: BaseException) -> None:
-        raise AssertionError(f"the ledger failed: {error!r}")
-
-    tower = Watchtower(net.spec.config(), NodeWorld(SystemClock(), net.random.randbytes, quiet, never))
-    await tower.open()
-    try:
-        for account in (await net.ledger()).values():
-            if account.phase is not Phase.CLOSED:
-                await tower.treasury.closer.close(account, "operator")
-    finally:
-        await tower.stop()
 
 
 async def test_three_nodes_one_killed_one_frozen(capsys: pytest.CaptureFixture[str]) -> None:
