@@ -38,6 +38,8 @@ VALIDITY_S: Final = 25
 """How long our transactions may be mined: inside the chain's 30 s window with room for clock skew."""
 EXPIRY_MARGIN_S: Final = 60
 """Added before a missing receipt means "never": two replicas behind one address may be this far apart."""
+CLOCK_APART_S: Final = 60
+"""How far the chain's time may be ahead of our clock when we sign; see :meth:`RpcChain.prepare`."""
 ENTROPY_BYTES: Final = 8
 STATES_PER_CALL: Final = 100
 """Channels per round trip: 10 KB of reply, and what public nodes still take as one batch."""
@@ -271,9 +273,12 @@ class RpcChain:
         chain_id = await self.chain_id()
         if self._chain_id not in (None, chain_id):
             raise ChannelFault(Reason.CHAIN_UNAVAILABLE, field="eth_chainId", detail="is another chain's")
-        _, base_fee = await self._block("latest")
+        head, base_fee = await self._block("latest")
         priority = await self._priority()
-        now = self._clock.now()
+        # The chain's time, which is the one that is compared: signed by a clock that is an hour fast, a transaction the
+        # chain refuses today could be valid in an hour, and nothing else may be signed until it surely is not. For the
+        # same reason not far beyond our own clock, should the node make its time up.
+        now = UnixSeconds(min(head.timestamp, self._clock.now() + CLOCK_APART_S))
         draft = TempoTx(
             chain_id=chain_id,
             max_priority_fee_per_gas=priority,

@@ -204,6 +204,8 @@ def _against_chain(account: Account, state: ChainSnapshot, intents: Sequence[Int
     """A channel the books call live."""
     if any(intent.active for intent in intents) or account.phase is Phase.CAPTURED:
         return []  # in flight: what the chain says now is not what it will say
+    if state.block < account.chain.block:
+        return []  # the books have heard of a newer block: this one can no longer contradict them
     found: list[Difference] = []
     facts = (
         ("deposit/chain", account.chain.deposit, state.deposit),

@@ -29,6 +29,7 @@ class MemoryLedger(MemoryStore):
         self.desk: dict[str, Intent] = {}
         self.lived: dict[str, tuple[float, float]] = {}
         """When each intent began and ended."""
+        self.signed_at: dict[str, float] = {}
 
     async def page(self, which: Which, *, after: ChannelId | None = None, limit: int = PAGE) -> list[Account]:
         wanted: Callable[[Account], bool] = {
@@ -74,6 +75,8 @@ class MemoryLedger(MemoryStore):
         if self.desk[before.id].version != before.version:
             return False
         self.desk[before.id] = after
+        if after.raw and not before.raw:
+            self.signed_at[before.id] = self._clock.monotonic()
         if not after.active:
             self.lived[before.id] = (self.lived[before.id][0], self._clock.monotonic())
         return True

@@ -58,6 +58,9 @@ MUTANTS: dict[str, tuple[Change, ...]] = {
     "leaves its own transactions to the leader": (
         ("treasurer", "                await self._adopt()", "                await self._adopt() if await self._ledger.lead(JOB, self._node()) else None"),
     ),
+    "signs by its own clock": (
+        ("rpc", "min(head.timestamp, self._clock.now() + CLOCK_APART_S)", "self._clock.now()"),
+    ),
     "comes back once a minute": (("closer", "(2, 5, 10)", "(2, 5, 60)"),),
     "gives up a close after the first failure": (
         ("treasurer", "if account.phase in (Phase.CLOSING, Phase.CAPTURED):", "if account.phase in ():"),

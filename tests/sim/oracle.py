@@ -15,7 +15,7 @@ from channels.intent import IntentKind, IntentState
 from channels.model import Phase
 from channels.tempo_tx import SignedTx
 from channels.units import PICO_PER_UNIT
-from mppnode.chain.rpc import EXPIRY_MARGIN_S
+from mppnode.chain.rpc import CLOCK_APART_S, EXPIRY_MARGIN_S, VALIDITY_S
 from mppnode.treasury.reconcile import Reconciler
 from tests.support.virtual_loop import START
 
@@ -158,6 +158,9 @@ class Oracle:
         self.look()
         for intent in world.ledger.desk.values():
             self._require(not intent.active, f"an intent is still {intent.state}: {intent.kind} {intent.channel.hex()[:8]}")
+            if intent.valid_before is not None:
+                long = intent.valid_before - START - world.ledger.signed_at[intent.id]
+                self._require(long <= VALIDITY_S + CLOCK_APART_S, f"a transaction may be mined for {long:.0f} seconds")
             receipt = None if intent.tx_hash is None else world.dev._receipts.get(intent.tx_hash)
             status = None if receipt is None else receipt["status"]
             expected = {IntentState.FINAL: "0x1", IntentState.REVERTED: "0x0", IntentState.DEAD: None}

@@ -183,12 +183,24 @@ class World:
         await asyncio.sleep(dice.random() * 60)
         end = self.now + dice.choice((30, 100, 300, 1000))
         while self.now < end:
+            if len(self.names) > 1:
+                self._everybody_leads(dice.random() < 0.5)
             await dice.choice(kinds)()
             await asyncio.sleep(dice.choice((0.5, 10, 31, 60)))
+        self._everybody_leads(False)
+
+    def _everybody_leads(self, both: bool) -> None:
+        """Whether two treasurers work at once: a lead avoids double work and proves nothing."""
+        self.everybody_leads = both
+        for process in self.processes.values():
+            process.link.everybody_leads = both
 
     async def _while_bad(self, seconds: float) -> None:
         self.disturb(+1)
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(seconds / 2)
+        if len(self.names) > 1 and self.dice.random() < 0.5:
+            self._everybody_leads(not self.everybody_leads)
+        await asyncio.sleep(seconds / 2)
         self.disturb(-1)
 
     async def _outage(self) -> None:
