@@ -34,6 +34,7 @@ class Tally:
     settled: int = 0
     closed: int = 0
     reverted: int = 0
+    """Fees wasted on transactions that could not have an effect; freezes do not count."""
     withdrawn: int = 0
     lost: int = 0
     forgiven: int = 0
@@ -92,7 +93,10 @@ class Oracle:
                 if intent.kind is IntentKind.CLOSE:
                     self._closes.setdefault(intent.channel, set()).add(signed.tx_hash)
                 self._require(intent.state is not IntentState.DEAD, "a transaction that was given up has been mined")
-            self.tally.reverted += receipt["status"] == "0x0"
+                # Nobody can foresee that the token's policy blocks a payer between our trial and the block.
+                payer = world.ledger._accounts[intent.channel].descriptor.payer
+                foreseen = payer not in world.dev.model.tokens.blocked
+                self.tally.reverted += receipt["status"] == "0x0" and foreseen
         world.stirred.set()
 
     def _captured(self, channel: ChannelId, amount: int) -> None:
