@@ -211,6 +211,11 @@ class ChatEngine:
             )
 
     @property
+    def stopping(self) -> bool:
+        """Whether running requests may be cut off by the node itself."""
+        return self._stopping
+
+    @property
     def limits(self) -> StreamLimits:
         """How long streams wait."""
         return self._limits
@@ -296,8 +301,15 @@ class PaidChat:
         """Give a request up whose client left before anything was sent: the provider has taken its prompt, no more."""
         if self.upstream is not None:
             self.upstream.cancel()
-        release = self._engine.owner.start(self.settle(self.tally.prompt, Ending.DISCONNECTED), name="release hold")
+        release = self._engine.owner.start(self.settle(self._forsaken(), Ending.DISCONNECTED), name="release hold")
         await asyncio.wait({release})
+
+    def _forsaken(self) -> Pico:
+        """The bill of an accepted request whose client left before its first token: the prompt, which was read.
+
+        Free, a dear prompt and a hang-up would cost the node at will. Cut off by the node's own stop it is the node's.
+        """
+        return Pico(0) if self._engine.stopping else self.tally.prompt
 
     async def settle(self, total: Pico, ending: Ending) -> None:
         """Charge the final total, once."""
@@ -340,8 +352,11 @@ class PaidChat:
         if ending not in (Ending.DISCONNECTED, Ending.STALLED) and not await stream.drained():
             ending = Ending.STALLED
         self.stall_ms = round(stream.starved_s * 1000)
+        total = stream.final_total(ending)
+        if ending is Ending.DISCONNECTED and not stream.delivered_tokens:
+            total = self._forsaken()
         # A report beyond what was asked for is the provider's affair: nobody pays more than the request could cost.
-        await self.settle(Pico(min(stream.final_total(ending), self.tab.cap_pico)), ending)
+        await self.settle(Pico(min(total, self.tab.cap_pico)), ending)
         if not sink.gone():
             self._engine.probe("receipt.before")
             sink.write(b"".join(self._last_frames(stream, ending)))
