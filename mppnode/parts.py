@@ -141,6 +141,9 @@ def build_treasury(
         node=lambda: life.id,
         probe=world.probe,
     )
+    settler.on_no_effect = lambda intent: world.log(
+        "treasury.no_effect", level=Level.ERROR, channel="0x" + intent.channel.hex(), kind=intent.kind.value
+    )
     ending = Ending(books, clock=clock, sleep=asyncio.sleep)
     closer = Closer(
         ledger=ledger,

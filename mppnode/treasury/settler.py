@@ -85,6 +85,8 @@ class Settler:
         self._sleep = sleep
         self._probe = probe
         self._limits = limits or SettlerLimits()
+        self.on_no_effect: Callable[[Intent], None] = lambda _: None
+        """Hears of a transaction the chain calls a success and that did not pay what it was for."""
         self._locks: WeakValueDictionary[ChannelId, asyncio.Lock] = WeakValueDictionary()
 
     def busy(self, channel: ChannelId) -> bool:
@@ -276,7 +278,12 @@ class Settler:
             intent = await self._move(intent, steps.mined(intent, outcome.block, now=now))
         if not final:
             return intent
-        _require_effect(intent, account, outcome)
+        if _paid(intent, account, outcome) != intent.amount:
+            # Nobody's success: it stays open, nothing else is signed for the channel, and people must look at it.
+            self.on_no_effect(intent)
+            raise ChannelFault(
+                Reason.CHAIN_OUTCOME_UNKNOWN, detail="the transaction paid another amount than was fixed"
+            )
         return await self._move(intent, steps.ended(intent, IntentState.FINAL, now=now))
 
     async def _move(self, before: Intent, after: Intent, *, via: Intent | None = None) -> Intent:
@@ -324,16 +331,13 @@ def _unmined(intent: Intent, now: UnixSeconds) -> Intent:
     return steps.sent(intent, now=now) if intent.state is IntentState.MINED else intent
 
 
-def _require_effect(intent: Intent, account: Account, receipt: Receipt) -> None:
-    """A success that did not pay what was asked is nobody's success: people must look at it."""
+def _paid(intent: Intent, account: Account, receipt: Receipt) -> Units | None:
+    """What a receipt says the chain's total for the channel is now; None when it says nothing of our channel."""
     if intent.kind is IntentKind.CLOSE:
         closed = closed_in(account.id, account.escrow, receipt.logs)
-        paid = None if closed is None else closed.settled
-    else:
-        settled = settled_in(account.id, account.escrow, receipt.logs)
-        paid = None if settled is None or settled.payee != account.descriptor.payee else settled.settled
-    if paid != intent.amount:
-        raise ChannelFault(Reason.CHAIN_OUTCOME_UNKNOWN, detail="the transaction paid another amount than was fixed")
+        return None if closed is None else closed.settled
+    settled = settled_in(account.id, account.escrow, receipt.logs)
+    return None if settled is None or settled.payee != account.descriptor.payee else settled.settled
 
 
 def _calldata(account: Account, intent: Intent) -> bytes:

@@ -102,11 +102,13 @@ async def test_success_without_its_effect_is_never_final(bench, event, monkeypat
     """A receipt that says "succeeded" counts only with the event of our channel, our payee and our amount (C5)."""
     told = None if event is None else event(bench.account)
     monkeypatch.setattr("tests.unit.treasury.fakes.effect_of", lambda _data: told)
-    worker = await bench.worker("one")
+    worker, heard = await bench.worker("one"), []
+    worker.on_no_effect = heard.append
     for _ in range(2):
         assert await reason(worker.bring(bench.account, IntentKind.SETTLE, AMOUNT)) is Reason.CHAIN_OUTCOME_UNKNOWN
         bench.clock.advance(1_000)
     assert await bench.states() == [IntentState.MINED]
+    assert {intent.amount for intent in heard} == {AMOUNT}, "people are told"
     assert len(set(bench.chain.sent)) == 1
 
 
