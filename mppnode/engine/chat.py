@@ -123,12 +123,11 @@ class ChatEngine:
         run = await self._admit(presented, account, chat, offer)
         try:
             self.probe("connect.before")
-            run.upstream = await run.connect(self._connect(chat, offer.model))
+            await run.connect(self._connect(chat, offer.model))
             self.probe("connect.after")
         except BaseException:
             # Also on cancellation: the hold must not outlive its request, so the owner ends it even if we are cut off.
-            release = self._owner.start(run.settle(Pico(0), Ending.UPSTREAM_FAILED), name="release hold")
-            await asyncio.wait({release})
+            await run.abandon(Ending.UPSTREAM_FAILED)
             raise
         return run
 
@@ -257,13 +256,18 @@ class PaidChat:
         tokens = usage.prompt + usage.completion if final else None
         return self.tab.receipt(self._engine.clock.now_millis(), tokens=tokens)
 
-    async def connect(self, connecting: Coroutine[Any, Any, UpstreamResponse]) -> UpstreamResponse:
+    async def connect(self, connecting: Coroutine[Any, Any, UpstreamResponse]) -> None:
         """Wait for the provider, unless the client leaves or a newer request takes the channel first.
 
         Raises:
             ChannelFault: ``HOLD_FENCED`` in the second case.
         """
-        return await self._interruptible(connecting, "connect")
+
+        async def keep() -> None:
+            # Kept here and not by the waiter, which may be cancelled in the very turn in which the provider answers.
+            self.upstream = await connecting
+
+        await self._interruptible(keep(), "connect")
 
     async def _interruptible(self, work: Coroutine[Any, Any, T], name: str) -> T:
         async def run() -> T | NodeFault:
@@ -297,11 +301,13 @@ class PaidChat:
             self._waiting.cancel()
         await asyncio.wait({self._settled})  # awaited itself, it would be cancelled with its waiter
 
-    async def abandon(self) -> None:
-        """Give a request up whose client left before anything was sent: the provider has taken its prompt, no more."""
+    async def abandon(self, ending: Ending = Ending.DISCONNECTED) -> None:
+        """Give a request up before anything was sent: what its provider has taken is the prompt, if it took that."""
+        total = Pico(0)
         if self.upstream is not None:
             self.upstream.cancel()
-        release = self._engine.owner.start(self.settle(self._forsaken(), Ending.DISCONNECTED), name="release hold")
+            total, ending = self._forsaken(), Ending.DISCONNECTED
+        release = self._engine.owner.start(self.settle(total, ending), name="release hold")
         await asyncio.wait({release})
 
     def _forsaken(self) -> Pico:

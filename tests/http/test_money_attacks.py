@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import random
 import socket
 from dataclasses import replace
 from typing import Any
 
+import aiohttp
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -78,6 +80,35 @@ async def test_p26_leaving_before_the_provider_answers_costs_nothing(world: Worl
     await hang_up(world, channel, chat("dev/story", PROMPT, max_tokens=500), after=None)
     assert await owed(world, channel) == 0
     assert world.net.provider.requests == 0
+
+
+async def test_p26_leaving_in_the_moment_of_acceptance_leaves_no_provider_running(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P26, P28: the provider's answer and the payer's hang-up in one turn of the loop: cancelled, and the prompt paid."""
+    engine = world.net.node._engine
+    assert engine is not None
+    start, connect, handlers = engine.start, engine._connect, []
+
+    async def started(*args: Any) -> Any:
+        handlers.append(asyncio.current_task())
+        return await start(*args)
+
+    async def connected(*args: Any) -> Any:
+        response = await connect(*args)
+        handlers[0].cancel()
+        return response
+
+    monkeypatch.setattr(engine, "start", started)
+    monkeypatch.setattr(engine, "_connect", connected)
+    world.gate()
+    channel, body = await world.opened(cumulative=20 * UNIT), chat("dev/story", PROMPT, max_tokens=500)
+    credential = await world.pay(world.payer.voucher(channel, 20 * UNIT), body)
+    with contextlib.suppress(aiohttp.ClientError):
+        await world.send(body, credential)
+    await world.eventually(lambda: world.net.provider.requests == 1)
+    assert await owed(world, channel) == PROMPT_PICO
+    assert world.net.provider.cancelled == 1
 
 
 async def test_p26_a_prompt_nobody_can_pay_reaches_no_provider(world: World) -> None:
