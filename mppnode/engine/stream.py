@@ -67,7 +67,6 @@ class PaidStream:
         "_drained_pico",
         "_drained_tokens",
         "_ending",
-        "_left",
         "_limits",
         "_loop",
         "_paused",
@@ -124,7 +123,6 @@ class PaidStream:
         self._drained_pico = 0
         self._drained_tokens = 0
         self._seen_pico = 0
-        self._left = False
         self._silent_since = 0.0
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
@@ -160,9 +158,6 @@ class PaidStream:
         if ending is Ending.COMPLETE and not self._sink.gone() and self._sink.buffered() == 0:
             return self._tally.total()
         self._delivered()
-        if self._left and not self._drained_tokens:
-            # The provider has taken the prompt and bills it. Free, a dear prompt and a hang-up would cost us at will.
-            return self._tally.prompt
         return Pico(self._drained_pico)
 
     async def drained(self) -> bool:
@@ -360,8 +355,6 @@ class PaidStream:
     def _end(self, ending: Ending) -> None:
         if not self._ending.done():
             self._delivered()
-            # Asked now: when this node stops it cancels the request first and closes the connection afterwards.
-            self._left = ending is Ending.DISCONNECTED and self._sink.gone()
             self._ending.set_result(ending)
 
     def abandon(self) -> None:
