@@ -159,16 +159,7 @@ def build_treasury(
     terms = {
         escrow.protocol: Terms(escrow, payee, config.chain.token, sponsored=policy.sponsor) for escrow in escrows
     }
-    sponsor = None
-    if policy.sponsor:
-        sponsor = Sponsor(
-            ledger,
-            chain,
-            key=config.chain.payee_key,
-            policy=SponsorPolicy(fee_tokens=(config.chain.fee_token,), fee_units_max=policy.sponsor_fee_max),
-            budget=Budget(policy.sponsor_grants_per_hour, policy.sponsor_budget),
-            clock=clock,
-        )
+    sponsor = _sponsor(config, world, ledger, chain)
     treasurer = Treasurer(
         chain=chain,
         ledger=ledger,
@@ -191,3 +182,18 @@ def build_treasury(
     desk = ChainDesk(chain, terms=terms, clock=clock, sponsor=sponsor, probe=world.probe)
     daily = DailyReconcile(ledger, chain, node=lambda: life.id, log=world.log)
     return Treasury(desk, settler, closer, treasurer, ending, daily)
+
+
+def _sponsor(config: Config, world: World, ledger: Ledger, chain: Chain) -> Sponsor | None:
+    """Who pays the fees of payers' transactions, if anybody does."""
+    terms = config.treasury
+    if not terms.sponsor:
+        return None
+    return Sponsor(
+        ledger,
+        chain,
+        key=config.chain.payee_key,
+        policy=SponsorPolicy(fee_tokens=(config.chain.fee_token,), fee_units_max=terms.sponsor_fee_max),
+        budget=Budget(terms.sponsor_grants_per_hour, terms.sponsor_budget),
+        clock=world.clock,
+    )
