@@ -111,6 +111,35 @@ async def test_p26_leaving_in_the_moment_of_acceptance_leaves_no_provider_runnin
     assert world.net.provider.cancelled == 1
 
 
+async def test_p26_a_request_superseded_in_the_moment_of_acceptance_costs_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P26: the provider's answer and the end of the request by the node in one turn: refused, cancelled, not charged."""
+    engine = world.net.node._engine
+    assert engine is not None
+    connect = engine._connect
+
+    async def connected(*args: Any) -> Any:
+        response = await connect(*args)
+        (ender,) = engine._live._enders.values()
+        ending = ender()
+        with contextlib.suppress(StopIteration):
+            ending.send(None)  # up to where it waits for the bill: what a close or a newer stream does to this request
+        endings.append(ending)
+        return response
+
+    endings: list[Any] = []
+    monkeypatch.setattr(engine, "_connect", connected)
+    world.gate()
+    channel, body = await world.opened(cumulative=20 * UNIT), chat("dev/story", PROMPT, max_tokens=500)
+    reply = await world.buy(body, world.payer.voucher(channel, 20 * UNIT))
+    assert (reply.status, reply.code) == (409, "hold_fenced")
+    for ending in endings:
+        ending.close()
+    assert await owed(world, channel) == 0
+    assert world.net.provider.cancelled == 1
+
+
 async def test_p26_a_prompt_nobody_can_pay_reaches_no_provider(world: World) -> None:
     """P26: prompt and first token are held before the provider hears of them; the refusal names what would do."""
     channel, body = await world.opened(cumulative=UNIT), chat("dev/story", PROMPT, max_tokens=500)
