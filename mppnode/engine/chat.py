@@ -306,7 +306,8 @@ class PaidChat:
         total = Pico(0)
         if self.upstream is not None:
             self.upstream.cancel()
-            total, ending = self._forsaken(), Ending.DISCONNECTED
+            if not self._superseded:  # ended by us, or for a newer request: the caller is refused and pays nothing
+                total, ending = self._forsaken(), Ending.DISCONNECTED
         release = self._engine.owner.start(self.settle(total, ending), name="release hold")
         await asyncio.wait({release})
 
