@@ -180,7 +180,7 @@ def build_treasury(
         chores=() if sponsor is None else (sponsor.settle_open_grants,),
     )
     desk = ChainDesk(chain, terms=terms, clock=clock, sponsor=sponsor, probe=world.probe)
-    daily = DailyReconcile(ledger, chain, node=lambda: life.id, log=world.log)
+    daily = DailyReconcile(ledger, chain, node=lambda: life.id, clock=clock, log=world.log)
     return Treasury(desk, settler, closer, treasurer, ending, daily)
 
 

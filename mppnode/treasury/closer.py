@@ -114,7 +114,9 @@ class Closer:
             landed = await self._settler.bring(account, IntentKind.CLOSE, account.close.capture, deadline=deadline)
         except ChannelFault as fault:
             if fault.reason is Reason.CHAIN_REJECTED and first:
-                await self._books.apply(channel, AbortClose())
+                # Unless another process has taken the close over meanwhile: its transaction may yet land.
+                if not await self._ledger.intents(active=True, channel=channel):
+                    await self._books.apply(channel, AbortClose())
             elif fault.reason is Reason.CHANNEL_FINALIZED:
                 block = (await self._chain.finalised()).number
                 seen = await self._chain.channel_state(account.escrow, account.id, at_block=block)

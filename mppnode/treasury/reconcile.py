@@ -10,25 +10,25 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Final
 
-from channels import escrow as escrow_v2
-from channels import escrow_v1
-from channels.abi import Log as ChainLog
 from channels.account import check, fold
 from channels.chain import Chain
-from channels.descriptor import ChainSnapshot, SessionProtocol
+from channels.descriptor import ChainSnapshot
+from channels.escrow import ChannelClosed
 from channels.faults import ChannelFault
-from channels.ids import ChannelId, Hash32
+from channels.ids import ChannelId
+from channels.instants import UnixSeconds
 from channels.intent import Intent, IntentKind, IntentState
 from channels.model import Account, NodeId, Phase
 from channels.units import PICO_PER_UNIT
 from channels.verify import closed_in, settled_in
+from mppnode.kernel.clock import Clock
 from mppnode.ledger.base import Ledger, Which
 from mppnode.observe.logs import Level, Log
+from mppnode.treasury.search import find_end
+from mppnode.treasury.treasurer import JOB
 
-JOB: Final = "reconcile"
 DAY_S: Final = 86_400.0
 FIRST_S: Final = 3_600.0
-_LOG_BLOCKS_BACK: Final = 100_000  # more than a day of half-second blocks
 _LOGGED_MAX: Final = 100  # lines of one run: what is wrong with the hundred-first is wrong with the first
 
 
@@ -60,9 +60,13 @@ class Totals:
 class Reconciler:
     """Compares every channel, or those of a page, with its journal, its transactions and the chain."""
 
-    def __init__(self, ledger: Ledger, chain: Chain) -> None:
+    def __init__(self, ledger: Ledger, chain: Chain, *, since: UnixSeconds | None = None) -> None:
+        """``since`` leaves out what the chain says of closed channels and transactions that have not moved since then:
+        what was proved once stays proved, and their number grows for ever.
+        """
         self._ledger = ledger
         self._chain = chain
+        self._since = since
         self.totals = Totals()
 
     async def run(self, which: Which = Which.ALL) -> AsyncIterator[Difference]:
@@ -73,25 +77,23 @@ class Reconciler:
             states = await self._states([account for account in page if account.phase is not Phase.CLOSED])
             for account in page:
                 self.totals.channels += 1
-                found = await self._compare(account, states.get(account.id))
+                found, paid = await self._compare(account, states.get(account.id))
                 if found and (again := await self._ledger.load(account.id)) is not None:
                     now = (await self._states([again])) if again.phase is not Phase.CLOSED else {}
-                    found = await self._compare(again, now.get(again.id))
-                self._count(account)
+                    found, paid = await self._compare(again, now.get(again.id))
+                self._count(account, paid)
                 for difference in found:
                     self.totals.differences += 1
                     yield difference
 
-    def _count(self, account: Account) -> None:
+    def _count(self, account: Account, paid: int | None) -> None:
         totals = self.totals
         totals.spent += account.spent
-        if account.phase is Phase.CLOSED:
-            captured = account.close.capture if account.close is not None and account.close.tx_hash else None
-            paid = account.chain.settled if captured is None else captured
+        if account.phase is not Phase.CLOSED:
+            totals.settled += account.chain.settled
+        elif paid is not None:
             totals.settled += paid
             totals.lost += max(min(account.spent, account.owed_pico // PICO_PER_UNIT) - paid, 0)
-        else:
-            totals.settled += account.chain.settled
 
     async def _states(self, accounts: Sequence[Account]) -> dict[ChannelId, ChainSnapshot]:
         found: dict[ChannelId, ChainSnapshot] = {}
@@ -101,14 +103,20 @@ class Reconciler:
             found |= zip(ids, await self._chain.channel_states(escrow, ids, at_block=block), strict=True)
         return found
 
-    async def _compare(self, account: Account, state: ChainSnapshot | None) -> list[Difference]:
+    async def _compare(self, account: Account, state: ChainSnapshot | None) -> tuple[list[Difference], int | None]:
+        """The differences, and what the chain paid for a closed channel in all, if it was asked."""
         found = await self._against_journal(account)
         intents = await self._ledger.intents(active=False, channel=account.id)
-        for intent in intents:
+        recent = [intent for intent in intents if self._since is None or intent.updated_at >= self._since]
+        for intent in recent:
             if intent.state is IntentState.FINAL:
                 found += await self._against_receipt(account, intent)
-        found += _against_chain(account, state, intents) if state is not None else await self._against_close(account)
-        return found
+        if state is not None:
+            return found + _against_chain(account, state, intents), None
+        if self._since is not None and account.active_at < self._since and not recent:
+            return found, None
+        closed = await self._end_of(account)
+        return found + _against_close(account, closed), None if closed is None else closed.settled
 
     async def _against_journal(self, account: Account) -> list[Difference]:
         # The journal is read after the account, so it has at least the entries the account is made of.
@@ -137,42 +145,26 @@ class Reconciler:
             return [Difference(account.id, name, f"meant to pay {intent.amount}, paid {paid}")]
         return []
 
-    async def _end_of(self, account: Account) -> Sequence[ChainLog]:
-        """The logs of the transaction that ended a channel: ours by its hash, a payer's by looking where we saw it."""
+    async def _end_of(self, account: Account) -> ChannelClosed | None:
+        """How the chain says a channel ended: ours by its transaction, a payer's by looking where we saw it."""
         record = account.close
         if record is not None and record.tx_hash is not None:
             receipt = await self._chain.receipt(record.tx_hash)
-            return () if receipt is None else receipt.logs
-        names = escrow_v2 if account.escrow.protocol is SessionProtocol.V2 else escrow_v1
-        # The end was seen at most some blocks after it happened; nodes refuse to search a whole chain.
-        seen = account.chain.block
-        return await self._chain.logs(
-            account.escrow.address,
-            topics=(names.CHANNEL_CLOSED, Hash32(account.id)),
-            from_block=max(seen - _LOG_BLOCKS_BACK, 0),
-            to_block=seen,
-        )
-
-    async def _against_close(self, account: Account) -> list[Difference]:
-        """A closed channel: what its end paid out according to the chain's own log."""
-        closed = closed_in(account.id, account.escrow, await self._end_of(account))
-        if closed is None:
-            return [Difference(account.id, "close/chain", "the chain has no end of this channel")]
-        if closed.settled > account.spent:
-            return [Difference(account.id, "spent/chain", f"spent {account.spent}, but {closed.settled} was captured")]
-        record = account.close
-        if record is not None and record.tx_hash is not None and record.capture != closed.settled:
-            return [Difference(account.id, "close/chain", f"fixed {record.capture}, captured {closed.settled}")]
-        return []
+            return None if receipt is None else closed_in(account.id, account.escrow, receipt.logs)
+        found = await find_end(self._chain, account, until=account.chain.block)
+        return None if found is None else found[0]
 
 
 class DailyReconcile:
-    """Runs the comparison once a day on one of the nodes and logs what differs."""
+    """Runs the comparison once a day on the node that leads the treasury, and logs what differs."""
 
-    def __init__(self, ledger: Ledger, chain: Chain, *, node: Callable[[], NodeId], log: Log) -> None:
+    def __init__(
+        self, ledger: Ledger, chain: Chain, *, node: Callable[[], NodeId], clock: Clock, log: Log
+    ) -> None:
         self._ledger = ledger
         self._chain = chain
         self._node = node
+        self._clock = clock
         self._log = log
 
     async def keep(self, sleep: Callable[[float], Awaitable[None]]) -> None:
@@ -182,6 +174,7 @@ class DailyReconcile:
             await sleep(pause)
             pause = DAY_S
             try:
+                # Not a job of its own: every node has its own hour, and each would find that one free.
                 if await self._ledger.lead(JOB, self._node()):
                     await self.run()
             except ChannelFault as fault:
@@ -189,8 +182,9 @@ class DailyReconcile:
                 pause = FIRST_S
 
     async def run(self) -> Totals:
-        """Compare everything once. Raises as :meth:`Reconciler.run`."""
-        reconciler = Reconciler(self._ledger, self._chain)
+        """Compare once what may have changed since the last time. Raises as :meth:`Reconciler.run`."""
+        since = UnixSeconds(self._clock.now() - 2 * int(DAY_S))
+        reconciler = Reconciler(self._ledger, self._chain, since=since)
         async for difference in reconciler.run():
             if reconciler.totals.differences <= _LOGGED_MAX:
                 channel = "0x" + difference.channel.hex()
@@ -198,6 +192,18 @@ class DailyReconcile:
         totals = reconciler.totals
         self._log("reconcile.done", channels=totals.channels, differences=totals.differences, lost=totals.lost)
         return totals
+
+
+def _against_close(account: Account, closed: ChannelClosed | None) -> list[Difference]:
+    """A closed channel and what its end paid out according to the chain's own log."""
+    if closed is None:
+        return [Difference(account.id, "close/chain", "the chain has no end of this channel")]
+    if closed.settled > account.spent:
+        return [Difference(account.id, "spent/chain", f"spent {account.spent}, but {closed.settled} was captured")]
+    record = account.close
+    if record is not None and record.tx_hash is not None and record.capture != closed.settled:
+        return [Difference(account.id, "close/chain", f"fixed {record.capture}, captured {closed.settled}")]
+    return []
 
 
 def _against_chain(account: Account, state: ChainSnapshot, intents: Sequence[Intent]) -> list[Difference]:

@@ -31,8 +31,8 @@ from mppnode.config.secrets import Secret
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.probe import Probe, unwatched
 from mppnode.ledger.base import IntentExists, Ledger
+from mppnode.treasury.search import find_end
 
-_LOG_BLOCKS_BACK: Final = 100_000  # how far a lost close is searched for: more than a day of half-second blocks
 _FEE_STEP: Final = (3, 2)
 """What a later attempt offers against the one before it: half as much again."""
 _FEE_STEPS_MAX: Final = 6  # 11 times the first offer; beyond that the chain has another problem than our fee
@@ -311,19 +311,13 @@ class Settler:
         Raises:
             ChannelFault: ``CHANNEL_FINALIZED`` when the payer withdrew instead: nothing was captured then.
         """
-        names = escrow_v2 if account.escrow.protocol is SessionProtocol.V2 else escrow_v1
-        logs = await self._chain.logs(
-            account.escrow.address,
-            topics=(names.CHANNEL_CLOSED, Hash32(account.id)),
-            from_block=max(state.block - _LOG_BLOCKS_BACK, 0),
-            to_block=state.block,
-        )
-        closed = closed_in(account.id, account.escrow, logs)
-        if closed is None:
+        found = await find_end(self._chain, account, until=state.block)
+        if found is None:
             raise ChannelFault(Reason.CHAIN_OUTCOME_UNKNOWN, detail="the channel is gone and its close was not found")
+        closed, tx_hash = found
         if closed.settled != amount:
             raise ChannelFault(Reason.CHANNEL_FINALIZED, detail="the channel was closed by somebody else")
-        return Landed(logs[-1].tx_hash, state)
+        return Landed(tx_hash, state)
 
 
 def _unmined(intent: Intent, now: UnixSeconds) -> Intent:
