@@ -26,11 +26,11 @@ from mppnode.config.schema import (
     ModelConfig,
     NodeConfig,
     ProviderConfig,
-    ProviderKind,
     SessionConfig,
     TreasuryConfig,
 )
 from mppnode.config.secrets import Secret
+from mppnode.kernel.listing import ProviderKind
 
 T = TypeVar("T")
 

@@ -10,14 +10,7 @@ from channels.descriptor import SessionProtocol
 from channels.ids import Address
 from channels.units import Pico, Units
 from mppnode.config.secrets import Secret
-
-
-class ProviderKind(StrEnum):
-    """Whose capacity it is (design D10)."""
-
-    NATIVE = "native"
-    QUOTA = "quota"
-    EXTERNAL = "external"
+from mppnode.kernel.listing import ProviderKind
 
 
 class LogFormat(StrEnum):

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
+from mppnode.kernel.requests import ChatRequest
 from mppnode.kernel.usage import Usage
 
 FaultKind = Literal["connect", "timeout", "protocol", "closed", "status", "error"]
@@ -44,7 +45,7 @@ class Chunk:
     frame: bytes = b""
     """``data: {...}`` plus a blank line, one line of JSON; empty when there is nothing to forward."""
     tokens: int = 0
-    """Output tokens this event is counted as."""
+    """Choices that carry output in this event: the least number of output tokens it can be."""
     usage: Usage | None = None
     """The provider's cumulative report, when the event carries a plausible one."""
     finished: bool = False
@@ -53,6 +54,8 @@ class Chunk:
     """A fixed word of ours when the provider broke off or reported a failure inside its stream."""
     done: bool = False
     """Whether this is the provider's end marker."""
+    text: str = ""
+    """The generated output of the event joined: answer, reasoning, refusal, tool names and arguments; for counting."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,4 +146,82 @@ class ChunkDecoder(Protocol):
 
     def end(self) -> list[Chunk]:
         """Return what the provider left unfinished when it closed: an event that lacked only its blank line."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PriceCap:
+    """The most a provider may charge us, in pico-dollars per token of prompt and of completion."""
+
+    prompt: int
+    completion: int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request as a provider is to get it. Neither the prompt nor the key shows in its text form."""
+
+    chat: ChatRequest = field(repr=False)
+    model: str
+    """The provider's own name of the model."""
+    base_url: str
+    api_key: str | None = field(repr=False)
+    max_tokens: int
+    """Of each choice; what the node reserved for, whatever the caller wrote."""
+    cap: PriceCap | None = None
+    """For providers that choose prices themselves and can be told a limit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer in the OpenAI shape, the provider's usage report if it can be true, and what was generated."""
+
+    document: dict[str, Any] = field(repr=False)
+    usage: Usage | None
+    text: str = field(repr=False)
+
+
+class Adapter(Protocol):
+    """One provider API as pure code: our request in its words, its answers in ours."""
+
+    @property
+    def running_usage(self) -> bool:
+        """Whether usage comes with every event of a stream, cumulative so far, and not only at the end."""
+        ...
+
+    @property
+    def cancel_stops_billing(self) -> bool:
+        """Whether the provider is known to stop generating, and charging us, when the connection is closed."""
+        ...
+
+    def encode(self, call: Call) -> UpstreamRequest:
+        """The provider's request.
+
+        Raises:
+            NodeFault: ``INVALID_FIELD`` for what this provider cannot be asked.
+        """
+        ...
+
+    def decoder(self) -> ChunkDecoder:
+        """A fresh decoder for one stream; its frames are OpenAI chunks whatever the provider sends."""
+        ...
+
+    def decode(self, body: bytes) -> Completion:
+        """A whole answer.
+
+        Raises:
+            UpstreamFault: ``protocol`` when it is not one, ``error`` when it reports a failure.
+        """
+        ...
+
+
+class Lookup(Protocol):
+    """A provider that can be asked afterwards what a request took: for streams that died before their report."""
+
+    def encode_lookup(self, generation: str, *, base_url: str, api_key: str | None) -> UpstreamRequest:
+        """The request for one generation's record."""
+        ...
+
+    def decode_lookup(self, body: bytes) -> Usage | None:
+        """The counts of the record, or None when it is not ready or cannot be true."""
         ...

@@ -14,7 +14,7 @@ import pytest
 
 from channels.descriptor import SessionProtocol
 from mppnode.config.load import ConfigError, load_config, parse_config
-from mppnode.config.schema import ProviderKind
+from mppnode.kernel.listing import ProviderKind
 from mppnode.config.secrets import Secret
 
 ROOT = Path(__file__).resolve().parents[3]
