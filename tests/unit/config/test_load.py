@@ -14,8 +14,8 @@ import pytest
 
 from channels.descriptor import SessionProtocol
 from mppnode.config.load import ConfigError, load_config, parse_config
-from mppnode.kernel.listing import ProviderKind
 from mppnode.config.secrets import Secret
+from mppnode.kernel.listing import ProviderKind
 
 ROOT = Path(__file__).resolve().parents[3]
 EXAMPLE = ROOT / "docs" / "mppnode.example.toml"
