@@ -1,7 +1,8 @@
-"""Prices as people write them: dollars per million tokens."""
+"""Prices as people write them: dollars per million tokens, and dollars apiece."""
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 from channels.faults import ChannelFault, Reason
@@ -9,6 +10,11 @@ from channels.units import Pico, parse_decimal
 
 _RATE_MAX: Final = 10**12
 """One dollar per token: a thousand times the dearest model on sale, so anything above it is a misplaced decimal."""
+_PLACES: Final = 12
+"""Of a dollar: one pico-dollar, the smallest amount anything here is counted in."""
+_EACH_MAX: Final = 1_000 * 10**12
+"""A thousand dollars for one request, image or second: above it somebody meant a million of them."""
+_EACH = re.compile(r"([0-9]{1,4})(?:\.([0-9]{1,12}))?", re.ASCII)
 
 
 def parse_rate(text: str, *, field: str = "rate") -> Pico:
@@ -24,3 +30,34 @@ def parse_rate(text: str, *, field: str = "rate") -> Pico:
     if rate > _RATE_MAX:
         raise ChannelFault(Reason.INVALID_PAYLOAD, field=field, detail="is above one dollar per token")
     return Pico(rate)
+
+
+def parse_each(text: str, *, field: str = "price") -> Pico:
+    """Read the US dollars of one request, image or second of audio, such as ``"0.005"``, as pico-dollars, exactly.
+
+    Raises:
+        ChannelFault: ``INVALID_PAYLOAD`` naming ``field`` when it is not a decimal with at most twelve places.
+    """
+    match = _EACH.fullmatch(text)
+    if match is None:
+        raise ChannelFault(Reason.INVALID_PAYLOAD, field=field, detail="is not a decimal amount with at most 12 places")
+    value = int(match.group(1) + (match.group(2) or "").ljust(_PLACES, "0"))
+    if value > _EACH_MAX:
+        raise ChannelFault(Reason.INVALID_PAYLOAD, field=field, detail="is above a thousand dollars")
+    return Pico(value)
+
+
+def format_rate(rate: Pico) -> str:
+    """Write pico-dollars per token as US dollars per million tokens: ``500000 -> "0.50"``; what parse_rate reads."""
+    return _trimmed(rate, 6)
+
+
+def format_each(price: Pico) -> str:
+    """Write pico-dollars as US dollars: ``5000000000 -> "0.005"``; what parse_each reads."""
+    return _trimmed(price, _PLACES)
+
+
+def _trimmed(value: int, places: int) -> str:
+    """A decimal with two places at least, and without the zeros that say nothing."""
+    digits = str(value).rjust(places + 1, "0")
+    return f"{digits[:-places]}.{digits[-places:].rstrip('0').ljust(2, '0')}"

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Final, Literal
 
 from channels.descriptor import SessionProtocol
 from channels.ids import Address
 from channels.units import Pico, Units
 from mppnode.config.secrets import Secret
-from mppnode.kernel.listing import ProviderKind
+from mppnode.kernel.listing import Ability, ProviderKind
+from mppnode.kernel.requests import PriceCeiling, Strategy
 
 
 class LogFormat(StrEnum):
@@ -93,6 +95,21 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class QuirksConfig:
+    """``[providers.quirks]``: where one server differs from what its preset says; None leaves it to the preset."""
+
+    limit_field: Literal["max_tokens", "max_completion_tokens"] | None = None
+    """What it calls the most tokens it may generate."""
+    continuous_usage: bool | None = None
+    """Whether it reports usage with every event when asked to."""
+    include_usage: bool | None = None
+    """Whether it may be asked for usage at the end of a stream."""
+    reasoning_added: bool | None = None
+    """Whether its reasoning tokens come on top of the completion's instead of being part of them."""
+    cancel_stops_billing: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ProviderConfig:
     """One ``[[providers]]`` entry."""
 
@@ -100,11 +117,28 @@ class ProviderConfig:
     base_url: str
     kind: ProviderKind = ProviderKind.NATIVE
     api_key: Secret[str] | None = None
+    preset: str | None = None
+    """A name of ``config.presets.PRESETS``; None is a server that speaks the OpenAI API."""
+    quirks: QuirksConfig = QuirksConfig()
+    models: tuple[str, ...] = ()
+    """The models of the catalog file it sells; ``("*",)`` is all the file has for it."""
+    markup_bps: int | None = None
+    """On its cost, in hundredths of a percent; None is the ``[pricing]`` one."""
+    insecure: bool = False
+    """Whether plain http to a host that is not a private address is meant."""
+
+
+DEFAULT_ABILITIES: Final = Ability.TOOLS | Ability.JSON_SCHEMA | Ability.LOGPROBS | Ability.CHOICES
+"""What an OpenAI-compatible server of one's own can do, unless the configuration says otherwise."""
 
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """One ``[[models]]`` entry. Prices in pico-dollars per token; ``context`` and ``max_output`` in tokens."""
+    """One ``[[models]]`` entry. Prices in pico-dollars per token; ``context`` and ``max_output`` in tokens.
+
+    The prices are what a caller pays: no markup is added to what the operator writes here. An unwritten ``cache_write``
+    costs what input does and an unwritten ``reasoning`` what output does, as :class:`mppnode.kernel.rates.Rates` says.
+    """
 
     id: str
     provider: str
@@ -114,6 +148,48 @@ class ModelConfig:
     output: Pico
     context: int
     max_output: int
+    cache_write: Pico | None = None
+    reasoning: Pico | None = None
+    request: Pico = Pico(0)
+    image: Pico = Pico(0)
+    audio_second: Pico = Pico(0)
+    abilities: Ability = DEFAULT_ABILITIES
+    quality: int = 0
+    tokenizer: Path | None = None
+    """A tokenizer's file, to count with where the provider reports no usage."""
+
+
+@dataclass(frozen=True, slots=True)
+class PricingConfig:
+    """``[pricing]``."""
+
+    catalog: Path | None = None
+    """The catalog file; None only where a configuration is built without one, as the development network's is."""
+    stale_s: int = 7 * 24 * 3600
+    """How old a synchronised price may be and still be sold at."""
+    band_pct: int = 20
+    """How much dearer than the cheapest a provider may be and still be chosen (0 is strictly the cheapest)."""
+    markup_bps: int = 0
+    """On every provider's cost, in hundredths of a percent."""
+
+
+Optimize = Literal["balanced", "quality", "cost", "latency"]
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingConfig:
+    """``[routing]``: what holds where neither the request nor its account says otherwise."""
+
+    strategy: Strategy = Strategy.BALANCED
+    allow_external: bool | None = None
+    """None leaves it to the strategy: the cheapest is looked for among our own, the others may go outside."""
+    ceiling: PriceCeiling | None = None
+    attempts_max: int = 3
+    seed_compat: bool = False
+    """Whether the price band is drawn from evenly instead of by price."""
+    model_pool: tuple[str, ...] = ()
+    """What ``model: "auto"`` chooses from; empty is everything on sale."""
+    optimize: Optimize = "balanced"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,3 +212,5 @@ class Config:
     models: tuple[ModelConfig, ...]
     log: LogConfig
     treasury: TreasuryConfig = TreasuryConfig()
+    pricing: PricingConfig = PricingConfig()
+    routing: RoutingConfig = RoutingConfig()
