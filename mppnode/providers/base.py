@@ -22,10 +22,13 @@ FaultKind = Literal["connect", "timeout", "protocol", "closed", "status", "error
 class UpstreamFault(Exception):
     """A provider failed us. ``detail`` is always our own words: an upstream's text may quote its key or the prompt."""
 
-    def __init__(self, kind: FaultKind, *, detail: str = "", status: int | None = None) -> None:
+    def __init__(
+        self, kind: FaultKind, *, detail: str = "", status: int | None = None, retry_after_s: float | None = None
+    ) -> None:
         self.kind: FaultKind = kind
         self.detail = detail
         self.status = status
+        self.retry_after_s = retry_after_s
         super().__init__(self.message)
 
     @property
@@ -54,6 +57,8 @@ class Chunk:
     """A fixed word of ours when the provider broke off or reported a failure inside its stream."""
     done: bool = False
     """Whether this is the provider's end marker."""
+    reported: bool = False
+    """Whether the event says anything about usage, plausible or not: the node writes its own report instead."""
     text: str = ""
     """The generated output of the event joined: answer, reasoning, refusal, tool names and arguments; for counting."""
 

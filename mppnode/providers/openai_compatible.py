@@ -1,10 +1,8 @@
 """Providers that speak the OpenAI chat API: vLLM, llama.cpp, Ollama, resellers and OpenAI itself.
 
-Requests are written and streams are cut by pure code. The decoder forwards an event's own bytes when they are already
-the one line we would write, and never forwards anything but JSON payloads: event names, ids, retry hints and comments
-of a provider stay behind, so that only our code can write payment events.
+Pure code both ways. The decoder forwards an event's own bytes when they are already the one line we would write.
 
-Source: the OpenAI chat completion API; the WHATWG server-sent events grammar for the framing.
+Source: the OpenAI chat completion API.
 """
 
 from __future__ import annotations
@@ -15,18 +13,25 @@ import orjson
 
 from mppnode.kernel.requests import NODE_ONLY, ChatRequest
 from mppnode.kernel.usage import Usage
-from mppnode.providers.base import Chunk, UpstreamFault, UpstreamRequest
+from mppnode.providers.base import Call, Chunk, Completion, UpstreamFault, UpstreamRequest
+from mppnode.providers.events import CHOICES_MAX, FRAME_BYTES_MAX, EventDecoder
+from mppnode.providers.quirks import Quirks
+from mppnode.providers.usage import TOKENS_MAX, parse_usage
 
-FRAME_BYTES_MAX: Final = 256 * 1024
-"""One event. Long enough for the top log-probabilities of a burst, short enough to keep per stream."""
-TOKENS_MAX: Final = 10_000_000
-"""A count above it is not a usage report: the longest contexts on sale are a tenth of it."""
-CHOICES_MAX: Final = 128
-"""Choices in one event: the most the API lets a caller ask for. Every pair of them is compared."""
+__all__ = [
+    "CHOICES_MAX",
+    "FRAME_BYTES_MAX",
+    "TOKENS_MAX",
+    "OpenAICompatible",
+    "OpenAIDecoder",
+    "decode_completion",
+    "encode_request",
+    "generated_bytes",
+    "generated_text",
+    "parse_usage",
+]
 
-_DONE: Final = b"[DONE]"
-_DONE_FRAME: Final = b"data: [DONE]\n\n"
-_BOM: Final = b"\xef\xbb\xbf"
+_PLAIN: Final = Quirks()
 _OUTPUT: Final = (
     "content",
     "reasoning_content",
@@ -38,6 +43,221 @@ _OUTPUT: Final = (
     "audio",
 )
 """Members of a delta that hold generated output; ``role`` alone is not output."""
+_REASONING: Final = ("reasoning_content", "reasoning", "reasoning_details")
+"""One text under several names; a provider that sends two of them says it twice, so only the first counts."""
+_TEXTS: Final = frozenset({"content", "reasoning_content", "reasoning", "refusal"})
+_SPOKEN: Final = frozenset({"text", "thinking", "summary", "name", "arguments", "input", "transcript"})
+"""Members of the structures inside a delta that hold generated text; ids, types and indexes are written by servers."""
+_INSIDE: Final = frozenset({"function", "custom"})
+
+
+class OpenAICompatible:
+    """The adapter of the OpenAI chat API; ``mppnode.providers.base.Adapter`` in shape."""
+
+    def __init__(self, quirks: Quirks) -> None:
+        self.quirks = quirks
+
+    @property
+    def running_usage(self) -> bool:
+        return self.quirks.continuous_usage
+
+    @property
+    def cancel_stops_billing(self) -> bool:
+        return self.quirks.cancel_stops_billing
+
+    def encode(self, call: Call) -> UpstreamRequest:
+        """The caller's request with the model, the token limit and the usage report we decide.
+
+        The limit is written under the one name the provider is known to obey and under no other: a provider that
+        ignores the caller's choice of name would generate without bound at our expense. No header of the caller is
+        forwarded; of its fields all but those that steer this node.
+
+        Source: OpenAI chat completion API.
+        """
+        chat, quirks = call.chat, self.quirks
+        payload = {name: value for name, value in chat.raw.items() if name not in NODE_ONLY}
+        for name in ("max_tokens", "max_completion_tokens", "stream_options"):
+            payload.pop(name, None)
+        payload["model"] = call.model
+        payload["stream"] = chat.stream
+        payload[quirks.limit_field] = call.max_tokens
+        if chat.stream and quirks.include_usage:
+            payload["stream_options"] = {"include_usage": True}
+            if quirks.continuous_usage:
+                payload["stream_options"]["continuous_usage_stats"] = True
+        payload.update(self._extra(call))
+        headers = [
+            ("Content-Type", "application/json"),
+            ("Accept", "text/event-stream" if chat.stream else "application/json"),
+            ("User-Agent", "mppnode"),
+        ]
+        if call.api_key is not None:
+            bearer = quirks.auth == "bearer"
+            headers.append(("Authorization", f"Bearer {call.api_key}") if bearer else ("api-key", call.api_key))
+        url = call.base_url.rstrip("/") + "/chat/completions"
+        return UpstreamRequest("POST", url, tuple(headers), orjson.dumps(payload))
+
+    def _extra(self, call: Call) -> dict[str, Any]:
+        """Members that only this provider knows."""
+        del call
+        return {}
+
+    def decoder(self) -> EventDecoder:
+        return OpenAIDecoder(self.quirks)
+
+    def decode(self, body: bytes) -> Completion:
+        answer = _answer(body)
+        usage = parse_usage(answer.get("usage"), reasoning_added=self.quirks.reasoning_added)
+        if usage is not None and self.quirks.reasoning_added:
+            answer["usage"] = _with_reasoning(answer["usage"], usage)
+        return Completion(answer, usage, generated_text(answer["choices"]))
+
+
+class OpenAIDecoder(EventDecoder):
+    """Cuts an OpenAI event stream into chunks, for any division of its bytes over reads."""
+
+    __slots__ = ("_added", "_running")
+
+    def __init__(self, quirks: Quirks = _PLAIN) -> None:
+        super().__init__()
+        self._added = quirks.reasoning_added
+        self._running = quirks.continuous_usage
+
+    def _read(self, event: dict[str, Any], payload: bytes, block: bytes | None, chunks: list[Chunk]) -> None:
+        tokens, finished, text = _output(event.get("choices") or [])
+        if tokens < 0:
+            chunks.append(self._broken("upstream_error" if finished else "invalid_frame"))
+            return
+        report = event.get("usage")
+        if report is None and finished and type(event.get("x_groq")) is dict:
+            report = event["x_groq"].get("usage")  # Groq's older place; its `usage` comes later and then wins
+        usage = None
+        if report is not None:
+            usage = parse_usage(report, reasoning_added=self._added)
+            if usage is None:
+                self.implausible_reports += 1
+            elif self._added and type(event.get("usage")) is dict:
+                # What the caller reads is what it pays for.
+                event["usage"] = _with_reasoning(event["usage"], usage)
+                block, payload = None, orjson.dumps(event)
+            if self._running and event.get("choices"):
+                # The caller asked for one report at the end, if at all; a running one is between the provider and us.
+                event.pop("usage", None)
+                block, payload = None, orjson.dumps(event)
+                if not tokens and not finished:
+                    usage = None  # of a role chunk: it says nothing yet, and would make the chunk look like the report
+        if block is not None:
+            frame = block + b"\n\n"
+        else:
+            # JSON allows line ends between its tokens, an event line does not.
+            line = orjson.dumps(event) if b"\n" in payload else payload
+            frame = b"data: " + line + b"\n\n"
+        chunks.append(Chunk(frame, tokens, usage, finished, text=text))
+
+
+def _output(choices: Any) -> tuple[int, bool, str]:
+    """How many choices of an event carry output, whether one has finished, and the output joined.
+
+    -1 instead of a count when they are no choices, or when one of them failed; the second is then whether it failed.
+    Choices are told apart by their index, so naming one twice in an event counts once.
+    """
+    if type(choices) is not list or len(choices) > CHOICES_MAX:
+        return -1, False, ""
+    if len(choices) == 1 and type(choices[0]) is dict and choices[0].get("finish_reason") is None:
+        text = _only_text(choices[0].get("delta"))
+        if text:  # the ordinary token: nothing is joined or copied
+            return 1, False, text
+    carrying: list[Any] = []
+    texts: list[str] = []
+    finished = False
+    for choice in choices:
+        if type(choice) is not dict:
+            return -1, False, ""
+        reason = choice.get("finish_reason")
+        if reason == "error":
+            return -1, True, ""
+        finished = finished or reason is not None
+        delta = choice.get("delta")
+        if delta is None:
+            carries = choice.get("text")  # the form of the older completions API, which some servers also send here
+            texts.append(carries if type(carries) is str else "")
+        elif type(delta) is not dict:
+            return -1, False, ""
+        else:
+            carries = delta.get("content") or any(delta.get(name) for name in _OUTPUT)
+            if carries:
+                texts.append(_said(delta))
+        if carries and choice.get("index") not in carrying:
+            carrying.append(choice.get("index"))
+    return len(carrying), finished, "".join(texts)
+
+
+def _only_text(delta: Any) -> str:
+    """The text of a delta that holds one plain text and nothing else but a role; empty for every other delta."""
+    only: Any = None
+    plain = False
+    if type(delta) is dict:
+        for name, value in delta.items():
+            if value and name != "role":
+                if only is not None:
+                    return ""
+                only, plain = value, name in _TEXTS
+    return only if plain and type(only) is str else ""
+
+
+def _said(part: dict[str, Any]) -> str:
+    """The generated text of a delta or message: answer, reasoning, refusal, names and arguments of calls."""
+    thought = next((part[name] for name in _REASONING if part.get(name)), None)
+    spoken = (part.get("content"), part.get("refusal"), part.get("tool_calls"), part.get("function_call"))
+    texts: list[str] = []
+    # A stack and no recursion: how deep a provider nests its answer is not ours to trust.
+    waiting: list[Any] = [part.get("audio"), *reversed(spoken), thought]
+    while waiting:
+        value = waiting.pop()
+        if type(value) is str:
+            texts.append(value)
+        elif type(value) is list:
+            waiting += reversed(value)
+        elif type(value) is dict:
+            inside = [value[name] for name in value if name in _SPOKEN or name in _INSIDE]
+            waiting += reversed(inside)
+    return "".join(texts)
+
+
+def _with_reasoning(given: dict[str, Any], usage: Usage) -> dict[str, Any]:
+    """The provider's report with reasoning inside its completion, as everyone else counts."""
+    return {**given, "completion_tokens": usage.completion, "total_tokens": usage.prompt + usage.completion}
+
+
+def _answer(body: bytes) -> dict[str, Any]:
+    """A whole answer with choices.
+
+    Raises:
+        UpstreamFault: ``protocol`` when it is not one, ``error`` when it reports a failure.
+    """
+    try:
+        answer = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise UpstreamFault("protocol", detail="the provider's answer is not JSON") from None
+    if type(answer) is not dict:
+        raise UpstreamFault("protocol", detail="the provider's answer is not a JSON object")
+    if answer.get("error") or answer.get("object") == "error":
+        raise UpstreamFault("error", detail="the provider reported an error in its answer")
+    choices = answer.get("choices")
+    if type(choices) is not list or not choices or not all(type(choice) is dict for choice in choices):
+        raise UpstreamFault("protocol", detail="the provider's answer has no choices")
+    if any(choice.get("error") or choice.get("finish_reason") == "error" for choice in choices):
+        raise UpstreamFault("error", detail="the provider reported an error in a choice")
+    return answer
+
+
+def generated_text(choices: list[dict[str, Any]]) -> str:
+    """What the choices of a whole answer say, joined."""
+    messages = (choice.get("message") for choice in choices)
+    return "".join(_said(message) for message in messages if type(message) is dict)
+
+
+# ------------------------------------------------------------------------------------- what the engine calls directly
 
 
 def encode_request(
@@ -49,210 +269,9 @@ def encode_request(
     max_tokens: int,
     limit_field: str = "max_tokens",
 ) -> UpstreamRequest:
-    """The provider's request for ``chat``, with the model, the token limit and the usage report we decide.
-
-    The limit is written under the one name the provider is known to obey (``limit_field``) and under no other: a
-    provider that ignores the caller's choice of name would generate without bound at our expense. No header of the
-    caller is forwarded.
-
-    Source: OpenAI chat completion API.
-    """
-    payload = {name: value for name, value in chat.raw.items() if name not in NODE_ONLY}
-    for name in ("max_tokens", "max_completion_tokens", "stream_options"):
-        payload.pop(name, None)
-    payload["model"] = model
-    payload["stream"] = chat.stream
-    payload[limit_field] = max_tokens
-    headers = [
-        ("Content-Type", "application/json"),
-        ("Accept", "text/event-stream" if chat.stream else "application/json"),
-        ("User-Agent", "mppnode"),
-    ]
-    if chat.stream:
-        payload["stream_options"] = {"include_usage": True}
-    if api_key is not None:
-        headers.append(("Authorization", f"Bearer {api_key}"))
-    return UpstreamRequest(
-        method="POST",
-        url=base_url.rstrip("/") + "/chat/completions",
-        headers=tuple(headers),
-        body=orjson.dumps(payload),
-    )
-
-
-def parse_usage(given: Any) -> Usage | None:
-    """A provider's usage report, or ``None`` when its numbers cannot be true."""
-    if not isinstance(given, dict):
-        return None
-    prompt, completion = given.get("prompt_tokens"), given.get("completion_tokens", 0)
-    cached = _detail(given, "prompt_tokens_details", "cached_tokens")
-    reasoning = _detail(given, "completion_tokens_details", "reasoning_tokens")
-    counts: list[int] = []
-    for count in (prompt, cached, completion, reasoning):
-        if type(count) is not int or not 0 <= count <= TOKENS_MAX:
-            return None
-        counts.append(count)
-    usage = Usage(*counts)
-    return usage if usage.cached_prompt <= usage.prompt else None
-
-
-def _detail(given: dict[str, Any], group: str, name: str) -> Any:
-    """A count inside an optional group; absent and null are zero, anything odd is returned to be refused."""
-    details = given.get(group)
-    if details is None:
-        return 0
-    if not isinstance(details, dict):
-        return None
-    value = details.get(name)
-    return 0 if value is None else value
-
-
-class OpenAIDecoder:
-    """Cuts an OpenAI event stream into chunks, for any division of its bytes over reads.
-
-    Nothing is raised. A stream that breaks the rules yields the chunks that came before, then one whose ``error``
-    names the rule, and from then on nothing: raising would lose the chunks of the same read that are whole.
-    """
-
-    __slots__ = ("_after_cr", "_bom", "_over", "_searched", "_tail", "implausible_reports")
-
-    def __init__(self) -> None:
-        self._tail = bytearray()
-        self._searched = 0
-        self._after_cr = False
-        self._bom = True
-        self._over = False
-        self.implausible_reports = 0
-        """Usage reports that were dropped because their numbers cannot be true."""
-
-    def feed(self, data: bytes) -> list[Chunk]:
-        """The chunks completed by ``data``, in order."""
-        if self._over or not data:
-            return []
-        if self._after_cr or b"\r" in data:
-            data = self._unify(data)
-        tail = self._tail
-        if not tail and data.endswith(b"\n\n"):
-            return self._events(data[:-2])
-        # Appending to a bytearray and searching only what is new keeps a provider that sends single bytes linear.
-        tail += data
-        cut = tail.rfind(b"\n\n", max(0, self._searched - 1))
-        self._searched = len(tail)
-        if cut < 0:
-            if len(tail) > FRAME_BYTES_MAX + 1:  # the first half of its blank line is not part of a frame
-                return [self._broken("oversize_frame")]
-            return []
-        whole = bytes(tail[:cut])
-        del tail[: cut + 2]
-        self._searched = len(tail)
-        chunks = self._events(whole)
-        if len(tail) > FRAME_BYTES_MAX + 1 and not self._over:
-            chunks.append(self._broken("oversize_frame"))
-        return chunks
-
-    def end(self) -> list[Chunk]:
-        """What is left when the provider closes: an event that lacked only its blank line, or an error."""
-        if self._over or not self._tail:
-            return []
-        return self.feed(b"\n\n")
-
-    def _unify(self, data: bytes) -> bytes:
-        """Turn CRLF and CR into LF. A CR at the end of a read may be half of a CRLF."""
-        if self._after_cr and data.startswith(b"\n"):
-            data = data[1:]
-        self._after_cr = data.endswith(b"\r") if data else False
-        return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-
-    def _broken(self, code: str) -> Chunk:
-        self._over = True
-        self._tail.clear()
-        return Chunk(error=code)
-
-    def _events(self, whole: bytes) -> list[Chunk]:
-        if self._bom:
-            self._bom = False
-            whole = whole.removeprefix(_BOM)
-        chunks: list[Chunk] = []
-        for block in whole.split(b"\n\n"):
-            if len(block) > FRAME_BYTES_MAX:
-                chunks.append(self._broken("oversize_frame"))
-            elif block.startswith(b"data: {") and block.endswith(b"}") and b"\n" not in block:
-                chunks.append(self._event(block[6:], block))
-            else:
-                payload = _payload(block)
-                if payload is None:
-                    continue
-                if payload == _DONE:
-                    self._over = True
-                    chunks.append(Chunk(_DONE_FRAME, done=True))
-                else:
-                    chunks.append(self._event(payload, None))
-            if self._over:
-                break
-        return chunks
-
-    def _event(self, payload: bytes, block: bytes | None) -> Chunk:
-        """One JSON payload; ``block`` is the event as it came when that is already what we would write."""
-        try:
-            event = orjson.loads(payload)
-        except orjson.JSONDecodeError:
-            return self._broken("invalid_frame")
-        if type(event) is not dict:
-            return self._broken("invalid_frame")
-        if event.get("error") or event.get("object") == "error":
-            return self._broken("upstream_error")  # its text stays here: it may quote our key or the prompt
-        tokens, finished = _counts(event.get("choices") or [])
-        if tokens < 0:
-            return self._broken("invalid_frame")
-        usage = None
-        if event.get("usage") is not None:
-            usage = parse_usage(event["usage"])
-            if usage is None:
-                self.implausible_reports += 1
-        if block is not None:
-            frame = block + b"\n\n"
-        else:
-            # JSON allows line ends between its tokens, an event line does not.
-            line = orjson.dumps(event) if b"\n" in payload else payload
-            frame = b"data: " + line + b"\n\n"
-        return Chunk(frame, tokens, usage, finished)
-
-
-def _counts(choices: Any) -> tuple[int, bool]:
-    """How many choices of an event carry output (-1 when they are no choices), and whether one has finished.
-
-    Choices are told apart by their index, so naming one twice in an event counts once.
-    """
-    carrying: list[Any] = []
-    finished = False
-    if type(choices) is not list or len(choices) > CHOICES_MAX:
-        return -1, False
-    for choice in choices:
-        if type(choice) is not dict:
-            return -1, False
-        if choice.get("finish_reason") is not None:
-            finished = True
-        delta = choice.get("delta")
-        if delta is None:
-            carries = choice.get("text")  # the form of the older completions API, which some servers also send here
-        elif type(delta) is not dict:
-            return -1, False
-        else:
-            carries = delta.get("content") or any(delta.get(name) for name in _OUTPUT)
-        if carries and choice.get("index") not in carrying:
-            carrying.append(choice.get("index"))
-    return len(carrying), finished
-
-
-def _payload(block: bytes) -> bytes | None:
-    """The joined data lines of an event, or ``None`` when it has none. Every other field is dropped."""
-    lines = []
-    for line in block.split(b"\n"):
-        name, _, value = line.partition(b":")
-        if name == b"data":
-            lines.append(value.removeprefix(b" "))
-    payload = b"\n".join(lines).strip(b" \t\n")
-    return payload or None
+    """The request of an OpenAI-compatible provider without quirks; see :meth:`OpenAICompatible.encode`."""
+    quirks = Quirks(limit_field="max_completion_tokens" if limit_field == "max_completion_tokens" else "max_tokens")
+    return OpenAICompatible(quirks).encode(Call(chat, model, base_url, api_key, max_tokens))
 
 
 def decode_completion(body: bytes) -> tuple[dict[str, Any], Usage | None]:
@@ -261,17 +280,7 @@ def decode_completion(body: bytes) -> tuple[dict[str, Any], Usage | None]:
     Raises:
         UpstreamFault: ``protocol`` when it is not a completion, ``error`` when it reports one.
     """
-    try:
-        answer = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        raise UpstreamFault("protocol", detail="the provider's answer is not JSON") from None
-    if not isinstance(answer, dict):
-        raise UpstreamFault("protocol", detail="the provider's answer is not a JSON object")
-    if answer.get("error") or answer.get("object") == "error":
-        raise UpstreamFault("error", detail="the provider reported an error in its answer")
-    choices = answer.get("choices")
-    if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
-        raise UpstreamFault("protocol", detail="the provider's answer has no choices")
+    answer = _answer(body)
     return answer, parse_usage(answer.get("usage"))
 
 
