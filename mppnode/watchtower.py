@@ -48,6 +48,7 @@ class Watchtower:
         try:
             await self._open()
         except BaseException:
+            await self._daemons.drain(deadline_s=0)
             await self._exit.aclose()
             raise
 
@@ -61,6 +62,7 @@ class Watchtower:
         self.life = Life(ledger, config.node.name, clock=world.clock, sleep=asyncio.sleep, on_lost=self._lost)
         await self.life.begin()
         self._exit.push_async_callback(self.life.end)
+        self._daemons.spawn(self.life.keep(), name="beat")  # a visit may last longer than a lease
         http = await self._exit.enter_async_context(aiohttp.ClientSession())
         self.chain = await open_chain(config, world, http)
         self.treasury = build_treasury(
@@ -78,7 +80,6 @@ class Watchtower:
         """Open everything and begin to work. Raises as :meth:`open`."""
         await self.open()
         sweeper = Sweeper(self.ledger, self.books, self.life, ours=lambda _: False)
-        self._daemons.spawn(self.life.keep(), name="beat")
         self._daemons.spawn(sweeper.keep(asyncio.sleep, self._late), name="sweep")
         self._daemons.spawn(self.treasury.treasurer.keep(), name="treasury")
         self._daemons.spawn(self.treasury.daily.keep(asyncio.sleep), name="reconcile")

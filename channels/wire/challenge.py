@@ -14,7 +14,7 @@ from typing import Final
 
 from channels.faults import ChannelFault, Reason
 from channels.instants import UnixMillis, parse_rfc3339, to_rfc3339
-from channels.wire import base64url, jcs
+from channels.wire import base64url, jcs, strict_json
 
 REQUEST_TEXT_MAX: Final = 16_384  # characters; the reference client refuses more
 ID_TEXT_MAX: Final = 256
@@ -127,6 +127,21 @@ def encode_opaque(value: Mapping[str, object]) -> str:
     if not all(isinstance(part, str) for item in value.items() for part in item):
         raise ChannelFault(Reason.INVALID_CHALLENGE, field="opaque", detail="is not a flat map of text")
     return encode_object(value)
+
+
+def decode_opaque(text: str | None) -> dict[str, str]:
+    """The flat map from text to text that :func:`encode_opaque` has written; empty for an absent member.
+
+    Raises:
+        ChannelFault: ``INVALID_CHALLENGE`` when it is something else.
+    """
+    if text is None:
+        return {}
+    raw = base64url.decode(text, field="opaque", length_max=REQUEST_TEXT_MAX, reason=Reason.INVALID_CHALLENGE)
+    value = strict_json.loads(raw.decode("utf-8", "replace"), field="opaque", reason=Reason.INVALID_CHALLENGE)
+    if not isinstance(value, dict) or not all(isinstance(part, str) for item in value.items() for part in item):
+        raise ChannelFault(Reason.INVALID_CHALLENGE, field="opaque", detail="is not a flat map of text")
+    return value
 
 
 def expires_text(at: UnixMillis, entropy: int) -> str:

@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 from channels.faults import ChannelFault
-from channels.ids import ChannelId, to_hex
+from channels.ids import parse_channel_id, to_hex
 from channels.model import Account, Phase
 from channels.units import Units, format_decimal
 from mppnode.cli.serve import CANNOT_START, read_config, run
 from mppnode.config.schema import Config
 from mppnode.kernel.clock import SystemClock
 from mppnode.ledger.base import Which
-from mppnode.ledger.spool import read_spool
+from mppnode.ledger.spool import SpoolError, read_spool
 from mppnode.observe.logs import quiet
 from mppnode.parts import World
 from mppnode.treasury.reconcile import Reconciler
@@ -56,7 +56,7 @@ def reconcile(options: argparse.Namespace) -> int:
 
 def restore(options: argparse.Namespace) -> int:
     """Bring a restored backup up to date from the voucher spool and the chain."""
-    return _with_tower(options, _restore)
+    return _with_tower(options, _restore, beside=False)
 
 
 def backup(options: argparse.Namespace) -> int:
@@ -73,8 +73,7 @@ def backup(options: argparse.Namespace) -> int:
         return _BAD
     try:
         _copy(config.node.ledger, target)
-    except sqlite3.Error as error:
-        target.unlink(missing_ok=True)
+    except (sqlite3.Error, OSError) as error:
         print(f"mppnode: the backup failed: {error}", file=sys.stderr)
         return _FAILED
     print(target)
@@ -84,6 +83,15 @@ def backup(options: argparse.Namespace) -> int:
 def _copy(source: Path, target: Path) -> None:
     # SQLite's own backup: a plain copy of the file would miss what is still in its write-ahead log.
     part = target.with_name(target.name + ".part")
+    try:
+        _copy_to(source, part)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    part.replace(target)
+
+
+def _copy_to(source: Path, part: Path) -> None:
     reading = sqlite3.connect(f"file:{source}?mode=ro", uri=True)
     writing = sqlite3.connect(part)
     try:
@@ -96,22 +104,21 @@ def _copy(source: Path, target: Path) -> None:
         reading.close()
     with part.open("rb+") as copy:
         os.fsync(copy.fileno())
-    part.replace(target)
 
 
 # ------------------------------------------------------------------------------------------------------------ plumbing
 
 
-def _with_tower(options: argparse.Namespace, work: _Work) -> int:
+def _with_tower(options: argparse.Namespace, work: _Work, *, beside: bool = True) -> int:
     config = read_config(options.config)
-    return _BAD if config is None else run(_open_and(config, options, work))
+    return _BAD if config is None else run(_open_and(config, options, work, beside=beside))
 
 
-async def _open_and(config: Config, options: argparse.Namespace, work: _Work) -> int:
+async def _open_and(config: Config, options: argparse.Namespace, work: _Work, *, beside: bool) -> int:
     fatal: list[BaseException] = []
     world = World(SystemClock(), os.urandom, quiet, fatal.append)
     # A name of its own, so that no node and no other operator is fenced; beside a running node the file is shared.
-    tower = Watchtower(config, world, name=f"operator-{os.getpid()}", beside=True)
+    tower = Watchtower(config, world, name=f"operator-{os.getpid()}", beside=beside)
     try:
         await tower.open()
     except CANNOT_START as error:
@@ -122,7 +129,7 @@ async def _open_and(config: Config, options: argparse.Namespace, work: _Work) ->
     except _Refused as refused:
         print(f"mppnode: {refused}", file=sys.stderr)
         return _BAD
-    except (ChannelFault, OSError) as error:
+    except (ChannelFault, SpoolError, OSError) as error:
         print(f"mppnode: {error}", file=sys.stderr)
         return _FAILED
     finally:
@@ -269,13 +276,10 @@ async def _wanted(tower: Watchtower, options: argparse.Namespace, verb: str) -> 
 
 
 async def _account(tower: Watchtower, text: str) -> Account:
-    digits = text.removeprefix("0x")
     try:
-        channel = ChannelId(bytes.fromhex(digits))
-    except ValueError:
-        channel = ChannelId(b"")
-    if len(channel) != 32 or len(digits) != 64:  # noqa: PLR2004 - bytes and hex digits of an id
-        raise _Refused(f"{text!r} is not a channel id (0x and 64 hex digits)")
+        channel = parse_channel_id(text if text.startswith("0x") else "0x" + text, field="channel")
+    except ChannelFault:
+        raise _Refused(f"{text!r} is not a channel id (0x and 64 hex digits)") from None
     account = await tower.ledger.load(channel)
     if account is None:
         raise _Refused(f"{text} is no channel of this node")
@@ -304,6 +308,10 @@ async def _reconcile(tower: Watchtower, _: Config, options: argparse.Namespace) 
 
 
 async def _restore(tower: Watchtower, config: Config, options: argparse.Namespace) -> int:
+    others = await tower.ledger.living() - {tower.life.id}
+    if others:
+        # They would go on from accounts they have in memory, over what is restored here.
+        raise _Refused(f"{len(others)} processes use this ledger: stop them first")
     spool: Path | None = options.spool or config.node.spool
     spooled = {} if spool is None else read_spool(spool)
     _say(f"{len(spooled)} channels in the spool" if spool else "no spool: only the chain's word is taken")

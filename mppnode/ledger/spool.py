@@ -11,12 +11,13 @@ import asyncio
 import json
 import os
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from channels.descriptor import Descriptor, Escrow
-from channels.ids import ChannelId
+from channels.faults import ChannelFault
+from channels.ids import ChannelId, parse_channel_id
 from channels.model import Account, Voucher
 from channels.units import units
 from mppnode.ledger.rows import read_terms, terms_column
@@ -75,7 +76,9 @@ class Spool:
         try:
             await asyncio.get_running_loop().run_in_executor(None, _append, self._path, "".join(lines))
         except OSError as error:
-            self._lines = [*lines, *self._lines][-_LINES_MAX:]
+            # Half a line may be in the file already; what is tried again must not continue it.
+            first = lines[0] if lines[0].startswith("\n") else "\n" + lines[0]
+            self._lines = [first, *lines[1:], *self._lines][-_LINES_MAX:]
             self._on_error(error)
 
 
@@ -90,48 +93,63 @@ def _line(channel: ChannelId, terms: str, voucher: Voucher) -> str:
 
 
 def _append(path: Path, text: str) -> None:
+    data = text.encode()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        os.write(descriptor, text.encode())
+        while data:  # a full disk takes a part and says so only by the number
+            data = data[os.write(descriptor, data) :]
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
-def _records(path: Path) -> Iterator[dict[str, Any]]:
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
+class SpoolError(Exception):
+    """A spool holds a line that was not written by a node; the message names the file and the line."""
+
+
+def _records(path: Path) -> Iterator[tuple[dict[str, Any], Spooled]]:
+    """Each whole line as it is written and as what it means, in order."""
+    with path.open(encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(lines, 1):
             try:
                 record = json.loads(line)
             except ValueError:
-                continue  # the last line of a crash; the ledger has what it said
-            if isinstance(record, dict):
-                yield record
+                continue  # cut off by a crash or a full disk; the ledger has what it said
+            try:
+                escrow, descriptor = read_terms(record["terms"])
+                voucher = Voucher(units(int(record["cumulative"])), bytes.fromhex(record["signature"]))
+                channel = parse_channel_id("0x" + record["channel"], field="channel")
+            except (ValueError, KeyError, TypeError, ChannelFault):
+                raise SpoolError(f"{path}, line {number}: is not a voucher that a node has written") from None
+            yield record, Spooled(channel, escrow, descriptor, (voucher,))
 
 
 def read_spool(path: Path) -> dict[ChannelId, Spooled]:
-    """Every channel of a spool with its vouchers, rising; a line a crash cut off is left out. Raises ``OSError``."""
-    terms: dict[ChannelId, tuple[Escrow, Descriptor]] = {}
-    vouchers: dict[ChannelId, dict[int, Voucher]] = {}
-    for record in _records(path):
-        channel = ChannelId(bytes.fromhex(record["channel"]))
-        terms[channel] = read_terms(record["terms"])
-        voucher = Voucher(units(int(record["cumulative"])), bytes.fromhex(record["signature"]))
-        vouchers.setdefault(channel, {})[voucher.cumulative] = voucher
+    """Every channel of a spool with its vouchers, rising; a line a crash cut off is left out.
+
+    Raises:
+        OSError, SpoolError.
+    """
+    found: dict[ChannelId, Spooled] = {}
+    rungs: dict[ChannelId, dict[int, Voucher]] = {}
+    for _, spooled in _records(path):
+        (voucher,) = spooled.vouchers
+        found[spooled.channel] = spooled
+        rungs.setdefault(spooled.channel, {})[voucher.cumulative] = voucher
     return {
-        channel: Spooled(channel, *terms[channel], tuple(rungs[amount] for amount in sorted(rungs)))
-        for channel, rungs in vouchers.items()
+        channel: replace(spooled, vouchers=tuple(rungs[channel][amount] for amount in sorted(rungs[channel])))
+        for channel, spooled in found.items()
     }
 
 
 def compact(path: Path) -> None:
-    """Rewrite a spool with one line per channel, its highest voucher; all or nothing. Raises ``OSError``."""
-    highest: dict[str, dict[str, Any]] = {}
-    for record in _records(path):
-        known = highest.get(record["channel"])
-        if known is None or int(known["cumulative"]) < int(record["cumulative"]):
-            highest[record["channel"]] = record
+    """Rewrite a spool with one line per channel, its highest voucher; all or nothing. Raises as :func:`read_spool`."""
+    highest: dict[ChannelId, tuple[int, dict[str, Any]]] = {}
+    for record, spooled in _records(path):
+        amount = spooled.vouchers[0].cumulative
+        if amount > highest.get(spooled.channel, (-1, {}))[0]:
+            highest[spooled.channel] = (amount, record)
     fresh = path.with_suffix(".new")
     fresh.unlink(missing_ok=True)
-    _append(fresh, "".join(json.dumps(record, separators=(",", ":")) + "\n" for record in highest.values()))
+    _append(fresh, "".join(json.dumps(record, separators=(",", ":")) + "\n" for _, record in highest.values()))
     fresh.replace(path)

@@ -1,16 +1,19 @@
 """Journal, accounts, our transactions and the chain: each contradiction has a name, and none is invented."""
 
+import asyncio
 from dataclasses import replace
 
 import pytest
 
 from channels import escrow as v2
 from channels.chain import Receipt
+from channels.faults import ChannelFault, Reason
 from channels.ids import Hash32
 from channels.intent import IntentKind, IntentState, planned
-from channels.model import BeginClose, ConfirmClosed, FixCapture, ObserveChain
+from channels.model import BeginClose, ConfirmClosed, FixCapture, NodeId, ObserveChain
 from channels.units import Units
-from mppnode.treasury.reconcile import Reconciler
+from mppnode.treasury.reconcile import DailyReconcile, Reconciler
+from mppnode.treasury.treasurer import JOB
 from tests.support.builders import NOW, TX, V2, chain
 from tests.unit.treasury.fakes import PAYEE, Desk
 
@@ -164,3 +167,79 @@ async def test_books_ahead_of_the_final_block_are_no_difference(audit):
     assert await audit.found() == []
     audit.chain.final = audit.chain.block = 160
     assert await audit.found() == [(1, "settled/chain")]
+
+
+async def test_the_end_of_a_channel_is_searched_backwards_in_steps_nodes_accept(audit):
+    """A withdrawal seen late is found, with no query wider than a public node answers, and no further than a day back."""
+    audit.chain.events = [(5_000, audit.closed(audit.account, 0))]
+    await audit.books.apply(audit.account.id, ObserveChain(chain(0, block=9_500)))
+    assert await audit.found() == []
+    spans = [(first, last) for kind, first, last in audit.chain.asked if kind == "logs"]
+    assert spans == [(7_501, 9_500), (5_501, 7_500), (3_501, 5_500)]
+    audit.chain.events = []
+    assert await audit.found() == [(1, "close/chain")]
+    assert min(first for kind, first, _ in audit.chain.asked if kind == "logs") == 0
+
+
+DAY = 86_400
+
+
+class Nights(Audit):
+    """A daily comparison on a manual clock that ends after so many sleeps."""
+
+    def daily(self, node="node.1"):
+        return DailyReconcile(self.ledger, self.chain, node=lambda: NodeId(node), clock=self.clock, log=self.log)
+
+    async def nights(self, daily, count, leader="node.1"):
+        """Its sleeps, while ``leader`` keeps the lead."""
+        slept = []
+
+        async def sleep(seconds):
+            if len(slept) == count:
+                raise asyncio.CancelledError
+            slept.append(seconds)
+            self.clock.advance(seconds)
+            assert await self.ledger.lead(JOB, NodeId(leader))
+
+        with pytest.raises(asyncio.CancelledError):
+            await daily.keep(sleep)
+        return slept
+
+
+async def test_the_daily_comparison_runs_on_the_leader_alone():
+    """An hour after the start and then once a day, on the one node that leads the treasury."""
+    nights = Nights()
+    await nights.channel(1, earned=EARNED)
+    first = await nights.ledger.join("first")
+    assert await nights.nights(nights.daily("node.2"), 1, first) == [3_600.0]
+    assert nights.said("reconcile.done") == []
+    nights = Nights()
+    await nights.channel(1, earned=EARNED)
+    assert await nights.nights(nights.daily(), 2) == [3_600.0, float(DAY)]
+    assert len(nights.said("reconcile.done")) == 2
+
+
+async def test_a_failed_comparison_is_tried_again_within_the_hour():
+    """A chain that cannot be asked delays the comparison, and does not skip it."""
+    nights = Nights()
+    await nights.channel(1, earned=EARNED)
+    answers = nights.chain.finalised
+
+    async def away():
+        nights.chain.finalised = answers
+        raise ChannelFault(Reason.CHAIN_UNAVAILABLE, detail="away")
+
+    nights.chain.finalised = away
+    assert await nights.nights(nights.daily(), 3) == [3_600.0, 3_600.0, float(DAY)]
+    assert len(nights.said("reconcile.done")) == 2
+
+
+async def test_what_has_not_moved_for_two_days_is_not_asked_about_again():
+    """Closed channels pile up for ever; the chain is asked about one of them for two days and no longer."""
+    nights = Nights()
+    account = await nights.channel(1, earned=EARNED)
+    await nights.close(account)
+    nights.chain.receipts.clear()  # an answer that would be a difference, were it asked for
+    assert (await nights.daily().run()).differences == 1
+    nights.clock.advance(2 * DAY + 1)
+    assert (await nights.daily().run()).differences == 0
