@@ -8,11 +8,11 @@ from typing import Final
 from channels.faults import ChannelFault, Reason
 from channels.units import Pico, parse_decimal
 
-_RATE_MAX: Final = 10**12
+RATE_MAX: Final = 10**12
 """One dollar per token: a thousand times the dearest model on sale, so anything above it is a misplaced decimal."""
 _PLACES: Final = 12
 """Of a dollar: one pico-dollar, the smallest amount anything here is counted in."""
-_EACH_MAX: Final = 1_000 * 10**12
+EACH_MAX: Final = 1_000 * 10**12
 """A thousand dollars for one request, image or second: above it somebody meant a million of them."""
 _EACH = re.compile(r"([0-9]{1,4})(?:\.([0-9]{1,12}))?", re.ASCII)
 
@@ -27,7 +27,7 @@ def parse_rate(text: str, *, field: str = "rate") -> Pico:
         ChannelFault: ``INVALID_PAYLOAD`` naming ``field`` when it is not a decimal with at most six places.
     """
     rate = int(parse_decimal(text, field=field))
-    if rate > _RATE_MAX:
+    if rate > RATE_MAX:
         raise ChannelFault(Reason.INVALID_PAYLOAD, field=field, detail="is above one dollar per token")
     return Pico(rate)
 
@@ -42,7 +42,7 @@ def parse_each(text: str, *, field: str = "price") -> Pico:
     if match is None:
         raise ChannelFault(Reason.INVALID_PAYLOAD, field=field, detail="is not a decimal amount with at most 12 places")
     value = int(match.group(1) + (match.group(2) or "").ljust(_PLACES, "0"))
-    if value > _EACH_MAX:
+    if value > EACH_MAX:
         raise ChannelFault(Reason.INVALID_PAYLOAD, field=field, detail="is above a thousand dollars")
     return Pico(value)
 
