@@ -85,8 +85,9 @@ class DevProviderServer:
         self.last_request, self.last_headers = body, dict(request.headers)
         plan = plan_for(body)
         if plan.pieces is None:
-            return web.Response(status=plan.status, body=plan.body, content_type="application/json")
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            headers = dict(plan.headers) | {"Content-Type": plan.content_type}
+            return web.Response(status=plan.status, body=plan.body, headers=headers)
+        response = web.StreamResponse(headers={"Content-Type": plan.content_type})
         await response.prepare(request)
         task = asyncio.current_task()
         assert task is not None

@@ -185,6 +185,82 @@ def test_failures_of_a_whole_answer():
     assert (caught.value.kind, "secret" in str(caught.value)) == ("error", False)
 
 
+# ------------------------------------------------------------------------------------- the ways a chaos test needs
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_a_rate_limit_says_when_to_come_back(streamed):
+    """429 with Retry-After, with and without a stream."""
+    plan = plan_for(ask("rate-limited", stream=streamed))
+    assert (plan.status, dict(plan.headers), plan.pieces) == (429, {"Retry-After": "7"}, None)
+
+
+def test_a_stall_before_the_first_token():
+    """The role arrives, then nothing, and the connection stays open."""
+    plan = plan_for(ask("stalls-first"))
+    chunks = decode(b"".join(data for _, data in plan.pieces))
+    assert ([chunk.tokens for chunk in chunks], plan.hangs) == ([0], True)
+    plan = plan_for(ask("stalls-first", stream=False))
+    assert (list(plan.pieces), plan.hangs) == ([], True)
+
+
+def test_a_stall_in_the_middle():
+    """Half of the story arrives, or half of the body."""
+    plan = plan_for(ask("stalls-mid"))
+    chunks = decode(b"".join(data for _, data in plan.pieces))
+    assert (sum(chunk.tokens for chunk in chunks), plan.hangs) == (80, True)
+    assert not any(chunk.finished or chunk.done for chunk in chunks)
+    plan = plan_for(ask("stalls-mid", stream=False))
+    half = b"".join(data for _, data in plan.pieces)
+    assert half.startswith(b'{"id"')
+    assert plan.hangs
+    with pytest.raises(UpstreamFault):
+        decode_completion(half)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_garbage_in_a_200_is_no_answer(streamed):
+    """P-32: a page of HTML under status 200 yields no chunk and no completion."""
+    plan = plan_for(ask("garbage-200", stream=streamed))
+    assert (plan.status, plan.content_type, decode(plan.body)) == (200, "text/html", [])
+    with pytest.raises(UpstreamFault):
+        decode_completion(plan.body)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize(("model", "expected"), [("lies-high", Usage(9, 0, 60)), ("lies-low", Usage(1, 0, 2))])
+def test_lies_are_within_what_could_be_true(model, expected, streamed):
+    """Reports that are off by a factor of three or ten, on both sides of the bill."""
+    request = ask(model, max_tokens=20, stream=streamed)
+    plan = plan_for(request)
+    found = [decode_completion(plan.body)[1]] if plan.pieces is None else reports(decode(wire(request)))
+    assert found == [expected]
+
+
+def test_a_drip_is_many_small_frames():
+    """One letter per event, at a fiftieth of the pace."""
+    plan = plan_for(ask("drip", max_tokens=30))
+    said = texts(decode(b"".join(data for _, data in plan.pieces)))
+    assert (len(said), {len(letter) for letter in said}, plan.pace) == (30, {1}, 0.02)
+
+
+def test_an_empty_answer_has_neither_tokens_nor_a_finish():
+    """An end marker after nothing, or a message without text and without a reason to stop."""
+    chunks = decode(wire(ask("empty")))
+    assert ([chunk.tokens for chunk in chunks], chunks[-1].done) == ([0, 0], True)
+    assert finish_reasons(chunks) == []
+    answer, _ = decode_completion(plan_for(ask("empty", stream=False)).body)
+    assert (answer["choices"][0]["message"]["content"], answer["choices"][0]["finish_reason"]) == ("", None)
+
+
+def test_an_early_close_is_a_proper_end_of_http():
+    """P-31: three tokens, no finish, no end marker, and neither a hang nor a reset tells that something is missing."""
+    plan = plan_for(ask("closes-early"))
+    chunks = decode(b"".join(data for _, data in plan.pieces))
+    assert (sum(chunk.tokens for chunk in chunks), plan.hangs, plan.dies) == (3, False, False)
+    assert not any(chunk.finished or chunk.done for chunk in chunks)
+
+
 # ------------------------------------------------------------------------------------------------------ over loopback
 
 
@@ -310,6 +386,19 @@ async def test_statuses_and_whole_answers(server, transport):
         assert response.status == status
         assert await response.read(10_000)
     assert server.requests == 3
+
+
+async def test_headers_and_types_of_a_plan_are_sent(server, transport):
+    """Retry-After and HTML arrive as such; an early close is no error of the transport."""
+    response = await transport.open(post(server, ask("rate-limited")))
+    assert (response.status, response.headers["retry-after"]) == (429, "7")
+    await response.read(10_000)
+    response = await transport.open(post(server, ask("garbage-200")))
+    assert response.headers["content-type"] == "text/html"
+    await response.read(10_000)
+    _, reader = await stream(transport, server, ask("closes-early"))
+    await reader.end()
+    assert (reader.tokens, reader.error) == (3, None)
 
 
 async def test_stopping_does_not_wait_for_streams(transport, server):
