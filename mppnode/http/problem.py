@@ -57,6 +57,7 @@ STATUS: Final[Mapping[Reason | NodeReason, int]] = MappingProxyType(
         NodeReason.SHUTTING_DOWN: 503,
         NodeReason.OVERLOADED: 503,
         NodeReason.NO_PROVIDER: 503,
+        NodeReason.PROVIDERS_BUSY: 429,
         NodeReason.PROVIDER_TIMEOUT: 504,
         NodeReason.ALL_PROVIDERS_FAILED: 502,
         NodeReason.INTERNAL: 500,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum, unique
 
@@ -23,6 +24,7 @@ class NodeReason(StrEnum):
     OVERLOADED = "overloaded"
     NO_PROVIDER = "no_provider"
     # what became of it
+    PROVIDERS_BUSY = "providers_busy"
     PROVIDER_TIMEOUT = "provider_timeout"
     ALL_PROVIDERS_FAILED = "all_providers_failed"
     INTERNAL = "internal"
@@ -40,7 +42,9 @@ class Attempt:
 class NodeFault(Exception):
     """A refusal: a reason, the field it is about, and what was tried.
 
-    Text from a peer never enters ``detail``: it is written by us, so it may be shown and logged as it is.
+    ``excluded`` counts the providers that were not tried, by reason; ``lowest`` is the cheapest input and output price
+    that only a ceiling kept out, in pico-dollars per token. Text from a peer never enters ``detail``: it is written by
+    us, so it may be shown and logged as it is.
     """
 
     def __init__(
@@ -51,12 +55,16 @@ class NodeFault(Exception):
         detail: str = "",
         retry_after_s: int | None = None,
         attempts: tuple[Attempt, ...] = (),
+        excluded: Mapping[str, int] | None = None,
+        lowest: tuple[int, int] | None = None,
     ) -> None:
         self.reason = reason
         self.field = field
         self.detail = detail
         self.retry_after_s = retry_after_s
         self.attempts = attempts
+        self.excluded = excluded
+        self.lowest = lowest
         super().__init__(self.message)
 
     @property
