@@ -38,6 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     watchtower.set_defaults(run=_watchtower)
 
     _add_money(commands)
+    _add_prices(commands)
 
     demo = commands.add_parser("demo", help="one paid stream on a development network, from open to close")
     demo.add_argument("--json", action="store_true", help="print one summary object and nothing else")
@@ -96,6 +97,26 @@ def _add_money(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     restore.set_defaults(run=_money("restore"))
 
 
+def _add_prices(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", type=Path, required=True, metavar="FILE", help="the node's configuration")
+    common.add_argument("--json", action="store_true", help="one JSON object per line")
+    change = argparse.ArgumentParser(add_help=False)
+    change.add_argument("--dry-run", action="store_true", help="say what would change and write nothing")
+    accept = "believe a held price that is still the same (repeatable)"
+    change.add_argument("--accept", action="append", default=[], metavar="PROVIDER/MODEL", help=accept)
+
+    prices = commands.add_parser("prices", help="read providers' prices, show them, import a list")
+    actions = prices.add_subparsers(dest="action", required=True, metavar="ACTION")
+    sync = actions.add_parser("sync", parents=[common, change], help="read the price lists that providers publish")
+    sync.add_argument("--provider", action="append", default=[], metavar="NAME", help="only this one (repeatable)")
+    show = actions.add_parser("show", parents=[common], help="cost, markup, price and age of what is sold")
+    show.add_argument("model", nargs="*", metavar="MODEL")
+    read = actions.add_parser("import", parents=[common, change], help="take a price list you vouch for")
+    read.add_argument("source", metavar="FILE|example", help="in the catalog's form; example is the one that ships")
+    prices.set_defaults(run=_prices)
+
+
 def _money(name: str) -> Callable[[argparse.Namespace], int]:
     def run(options: argparse.Namespace) -> int:
         from mppnode.cli import money
@@ -104,6 +125,12 @@ def _money(name: str) -> Callable[[argparse.Namespace], int]:
         return command(options)
 
     return run
+
+
+def _prices(options: argparse.Namespace) -> int:
+    from mppnode.cli.prices import run
+
+    return run(options)
 
 
 def _serve(options: argparse.Namespace) -> int:
