@@ -25,7 +25,7 @@ from mppnode.config.secrets import Secret
 from mppnode.config.section import Section, flag_of, text_of
 from mppnode.config.urls import check_base_url
 from mppnode.kernel.listing import Ability, ProviderKind
-from mppnode.kernel.requests import PriceCeiling, Strategy
+from mppnode.kernel.strategy import PriceCeiling, Strategy
 
 Choice = TypeVar("Choice", bound=StrEnum)
 

@@ -12,7 +12,7 @@ from channels.ids import Address
 from channels.units import Pico, Units
 from mppnode.config.secrets import Secret
 from mppnode.kernel.listing import Ability, ProviderKind
-from mppnode.kernel.requests import PriceCeiling, Strategy
+from mppnode.kernel.strategy import PriceCeiling, Strategy
 
 
 class LogFormat(StrEnum):

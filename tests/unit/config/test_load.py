@@ -51,7 +51,7 @@ def test_the_example_loads_with_its_defaults() -> None:
 
 def test_commented_defaults_of_the_example_are_the_real_ones() -> None:
     """A commented key in the example shows the value the node uses when the key is absent."""
-    prose = ("above", "the input price", "v1_escrow", "api_key")
+    prose = ("above", "the input price", "the output price", "v1_escrow", "api_key")
     lines = [
         line[2:] if re.match(r"# [a-z_0-9]+ = ", line) and not any(word in line for word in prose) else line
         for line in EXAMPLE.read_text().splitlines()
@@ -59,6 +59,7 @@ def test_commented_defaults_of_the_example_are_the_real_ones() -> None:
     shown, default = parse_config(tomllib.loads("\n".join(lines)), ENVIRON, base=EXAMPLE.parent), load_config(EXAMPLE, ENVIRON)
     assert len([line for line in lines if not line.startswith("#")]) > 40
     assert (shown.session, shown.limits, shown.models, shown.log) == (default.session, default.limits, default.models, default.log)
+    assert (shown.pricing, shown.routing, shown.providers) == (default.pricing, default.routing, default.providers)
     assert (shown.node.host, shown.node.port, shown.node.ledger) == (default.node.host, default.node.port, default.node.ledger)
 
 
