@@ -99,23 +99,28 @@ def take_offers(
     """The entries after a provider's list was read, and what became of each of its prices."""
     merged = dict(entries)
     outcomes: list[Outcome] = []
-    names = {entry.upstream_model: entry.model for entry in entries.values() if entry.provider == reading.provider}
+    sold_as: dict[str, list[str]] = {}
+    for entry in entries.values():
+        if entry.provider == reading.provider:
+            sold_as.setdefault(entry.upstream_model, []).append(entry.model)
     seen: set[str] = set()
     for offer in _unambiguous(offers):
-        model = names.get(offer.upstream_model, offer.upstream_model)
-        named = model in reading.wanted
-        if MODEL_ID.fullmatch(model) is None or not (named or EVERY_MODEL in reading.wanted):
-            continue
-        seen.add(model)
-        key = (reading.provider, model)
-        old = entries.get(key)
-        if old is None:
-            entry, outcome = _first(offer, model, reading, named=named, room=len(merged) < ENTRIES_MAX)
-        else:
-            entry, outcome = _again(old, offer, reading)
-        if entry is not None:
-            merged[key] = entry
-        outcomes.append(outcome)
+        for model in sold_as.get(offer.upstream_model, [offer.upstream_model]):
+            named = model in reading.wanted
+            if MODEL_ID.fullmatch(model) is None or not (named or EVERY_MODEL in reading.wanted):
+                continue
+            old = entries.get((reading.provider, model))
+            if old is not None and old.upstream_model != offer.upstream_model:
+                continue  # the name is taken: by another of the provider's models, which has its own price
+            seen.add(model)
+            taken, outcome = (
+                _first(offer, model, reading, named=named, room=len(merged) < ENTRIES_MAX)
+                if old is None
+                else _again(old, offer, reading)
+            )
+            if taken is not None:
+                merged[taken.key] = taken
+            outcomes.append(outcome)
     known = {model for provider, model in entries if provider == reading.provider}
     everything = known if EVERY_MODEL in reading.wanted else set(reading.wanted)
     for model in sorted(everything - seen):

@@ -154,6 +154,22 @@ def test_models_are_matched_by_the_provider_s_name_for_them() -> None:
     assert set(merged) == {("infra", "nice/name")}
 
 
+def test_one_upstream_model_may_be_sold_under_two_names() -> None:
+    """Every entry of one upstream model follows its price."""
+    both = [entry("nice/name", upstream_model="up"), entry("other/name", upstream_model="up")]
+    merged, outcomes = take([offer(rates(200_000, 200_000, 400_000), "up")], both)
+    assert [outcome.verdict for outcome in outcomes] == [Verdict.CHANGED, Verdict.CHANGED]
+    assert {made.cost.input for made in merged.values()} == {200_000}
+
+
+def test_a_name_that_is_taken_keeps_its_own_price() -> None:
+    """A provider's model that is called as we call another of its models does not set that one's price."""
+    aliased = entry("x", upstream_model="y")
+    merged, outcomes = take([offer(rates(300_000, 300_000, 400_000), "x"), offer(rates(200_000, 200_000, 400_000), "y")], [aliased])
+    assert [(outcome.model, outcome.verdict) for outcome in outcomes] == [("x", Verdict.CHANGED)]
+    assert merged["infra", "x"].cost.input == 200_000
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
