@@ -76,7 +76,7 @@ class AnthropicDecoder(EventDecoder):
     def _finish(self, chunks: list[Chunk]) -> None:
         usage = parse_anthropic_usage(self._usage)
         if usage is None:
-            self.implausible_reports += 1
+            self.implausible_reports += bool(self._usage)
         else:
             chunks.append(Chunk(self._head.frame([], usage), usage=usage))
         super()._finish(chunks)
@@ -91,6 +91,7 @@ class AnthropicDecoder(EventDecoder):
         name, model = message.get("id"), message.get("model")
         self._head = Head("chat.completion.chunk", name=name, model=model, clock=self._clock)
         self._count(message.get("usage"))
+        self._usage.pop("output_tokens", None)  # of a message that has not begun; the final count comes with its end
         self._say(chunks, {"role": "assistant", "content": ""}, "")
 
     def _block(self, index: Any, given: Any, chunks: list[Chunk]) -> None:

@@ -207,6 +207,51 @@ def test_signed_thoughts_travel_with_their_signature():
     assert details[2]["signature"] == "EqQBCgIYAhIM1gbcDa9GJwZA2b3h"
 
 
+def test_the_count_of_a_message_that_has_not_begun_is_no_report():
+    """P-37, P-58: the one token in Anthropic's first event is not what the message took when its last event lacks a count."""
+    data, _, adapter = load("anthropic-text")
+    chunks = decode(adapter, data.replace(b',"usage":{"output_tokens":15}', b""))
+    assert chunks[-1].done
+    assert not any(chunk.usage for chunk in chunks)
+
+
+def test_a_message_finishes_once():
+    """P-36: a reason to stop that comes with two events is one finish, and the last count holds."""
+    data, _, adapter = load("anthropic-text")
+    event = data[data.index(b"event: message_delta") : data.index(b"event: message_stop")]
+    chunks = decode(adapter, data.replace(event, event + event.replace(b"15", b"16")))
+    assert [chunk.finished for chunk in chunks].count(True) == 1
+    assert [chunk.usage.completion for chunk in chunks if chunk.usage] == [16]
+
+
+CALL = {"index": 0, "id": "call_1", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}
+
+
+@pytest.mark.parametrize(
+    ("delta", "text"),
+    [
+        ({"role": "assistant", "content": "a", "refusal": None}, "a"),
+        ({"reasoning_content": "t", "content": None}, "t"),
+        ({"reasoning_content": "t", "content": "a"}, "ta"),
+        ({"content": "a", "unknown": "not generated"}, "a"),
+        ({"content": "a", "tool_calls": [CALL]}, 'af{"a":1}'),
+        ({"reasoning": "t", "reasoning_content": "t", "reasoning_details": [{"text": "t"}]}, "t"),
+        ({"reasoning_details": [{"type": "reasoning.text", "text": "t", "signature": "S"}]}, "t"),
+        ({"content": [{"type": "thinking", "thinking": [{"type": "text", "text": "t"}]}, {"text": "a"}]}, "ta"),
+        ({"function_call": {"name": "f", "arguments": "{}"}}, "f{}"),
+        ({"audio": {"id": "x", "data": "AAAA", "transcript": "said"}}, "said"),
+        ({"refusal": "no"}, "no"),
+        ({"role": "assistant"}, ""),
+        ({"content": 7}, ""),
+    ],
+)
+def test_what_was_generated_is_joined_once(delta, text):
+    """P-37: the node's own count sees every generated word of an event, and no word twice."""
+    event = {"id": "c", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]}
+    (chunk,) = decode(adapter_for("openai", PRESETS["openai"].quirks), b"data: " + json.dumps(event).encode() + b"\n\n")
+    assert chunk.text == text
+
+
 @pytest.mark.parametrize("name", ["openai-text", "together-text", "ollama-text", "openai-logprobs", "llamacpp-timings"])
 def test_a_canonical_stream_is_forwarded_byte_for_byte(name):
     """P-47, P-48, P-50: unknown members, log-probabilities and timings survive because nothing is written anew."""
