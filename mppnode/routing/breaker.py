@@ -30,6 +30,9 @@ class Standing(IntEnum):
     """It is avoided, or somebody is trying it right now."""
 
 
+_STEADY, _SHAKY, _PROBE, _THROTTLED, _OPEN = Standing  # asked for every candidate of every decision
+
+
 class Breaker:
     """One circuit breaker with its measurements; the caller gives the time, which never runs backwards."""
 
@@ -67,12 +70,12 @@ class Breaker:
     def standing(self, now: float) -> Standing:
         """How good a choice it is now."""
         if self._tripped and (now < self._open_until or (self._lease and now < self._lease_until)):
-            return Standing.OPEN
+            return _OPEN
         if now < self._throttled_until:
-            return Standing.THROTTLED
+            return _THROTTLED
         if self._tripped:
-            return Standing.PROBE
-        return Standing.SHAKY if now < self._shaky_until else Standing.STEADY
+            return _PROBE
+        return _SHAKY if now < self._shaky_until else _STEADY
 
     def wait(self, now: float) -> float:
         """Seconds until it may be asked again, as far as we know; 0 when it may be asked now."""
@@ -91,7 +94,7 @@ class Breaker:
 
     def alive(self, number: int) -> None:
         """A probe's first output came: closed again, though the next failure opens it at once."""
-        if not self._tripped or self._lease != number:
+        if not self._tripped or not number or self._lease != number:
             return
         self._tripped, self._lease = False, 0
         self._row = self._policy.failures_max - 1

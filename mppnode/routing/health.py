@@ -131,7 +131,8 @@ class Health:
         if track is None:
             whole = self._providers.get(key[0])
             return Standing.STEADY if whole is None else whole.breaker.standing(now)
-        return max(track.breaker.standing(now), track.provider.breaker.standing(now))
+        mine, theirs = track.breaker.standing(now), track.provider.breaker.standing(now)
+        return max(mine, theirs)
 
     def speed(self, key: Key, now: float) -> Speed | None:
         """The measured speed, if there are enough recent measurements."""

@@ -17,6 +17,8 @@ from mppnode.routing.sellers import Seller
 
 _SOFT: Final = int(Ability.LOGPROBS | Ability.REASONING)
 """Without these an answer is poorer but still an answer: who has them is preferred, unless the caller insists."""
+_PROBE: Final = Standing.PROBE  # looked up once: the loop below asks a hundred times per decision
+_THROTTLED: Final = Standing.THROTTLED
 
 
 @dataclass(slots=True)
@@ -68,7 +70,8 @@ class Sieve:
         """Ask everything, health included."""
         found = Sifted()
         barred, only, shut, likes = self.wish.barred, self.only, self.shut, self.likes
-        standing, monotonic, earliest = health.standing, now.monotonic, now.wall - self.policy.stale_s
+        lacks, standing, steady = self._lacks, health.standing, found.steady.append
+        monotonic, earliest = now.monotonic, now.wall - self.policy.stale_s
         latest = now.wall + self.policy.ahead_s
         for seller in sellers:
             provider = seller.provider
@@ -79,19 +82,17 @@ class Sieve:
                 reason = Exclusion.ALLOWED_PROVIDERS
             else:
                 state = standing(seller.key, monotonic)
-                if state is Standing.OPEN:
-                    reason = Exclusion.HEALTH
-                elif state is Standing.THROTTLED:
-                    reason = Exclusion.THROTTLED
+                if state >= _THROTTLED:
+                    reason = Exclusion.HEALTH if state is Standing.OPEN else Exclusion.THROTTLED
                 else:
-                    reason = self._lacks(seller, earliest, latest)
+                    reason = lacks(seller, earliest, latest)
                     if reason is None:
-                        if state is Standing.PROBE:
+                        if state is _PROBE:
                             found.probing.append(seller)
-                        elif state is Standing.SHAKY or likes & ~seller.abilities:
+                        elif state or likes & ~seller.abilities:
                             found.second.append(seller)
                         else:
-                            found.steady.append(seller)
+                            steady(seller)
                         continue
             found.rejected.append((seller.listing, reason))
         return found

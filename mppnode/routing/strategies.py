@@ -32,7 +32,7 @@ class Ranking:
     sticky: str | None
 
     def arrange(self, sifted: Sifted) -> tuple[list[Seller], str]:
-        """Everybody who qualifies, in the order to try them, and the rule that put the first one there."""
+        """Whom to try, in order and at least ``attempts_max`` if so many qualify, and the rule that chose the first."""
         if self.policy.by_request:
             for sellers in (sifted.steady, sifted.second, sifted.probing):
                 sellers.sort(key=self._cost)
@@ -97,16 +97,18 @@ class Ranking:
         nearest = min(seller.rank for seller in sellers)
         kin = [seller for seller in sellers if seller.rank == nearest]
         kind = kin[0].listing.kind.value
-        scores = {id(seller): self._score(seller) for seller in sellers}
-        known = [seller for seller in kin if scores[id(seller)] != _NEVER]
-        cold = [seller for seller in kin if scores[id(seller)] == _NEVER]
-        ranked = sorted(sellers, key=lambda seller: (seller.rank, scores[id(seller)]))
+        scored = sorted(((self._score(seller), index) for index, seller in enumerate(kin)))
+        known = [(score, kin[index]) for score, index in scored if score != _NEVER]
+        cold = [kin[index] for score, index in scored if score == _NEVER]
+        ranked = [seller for _, seller in known] + cold
+        if len(kin) < self.policy.attempts_max:  # else nobody of another kind would be reached
+            ranked += self._by_speed(seller for seller in sellers if seller.rank != nearest)
         if not known:
             return _led(cold[self.below(len(cold))], ranked), f"at random among {kind} providers, none measured yet"
         if cold and self.below(_PER_MILLE) < self.policy.explore_per_mille:
             return _led(cold[self.below(len(cold))], ranked), f"trying an unmeasured {kind} provider"
-        most = min(scores[id(seller)] for seller in known) * (1 + self.policy.near_pct / 100)
-        near = [seller for seller in known if scores[id(seller)] <= most]
+        most = known[0][0] * (1 + self.policy.near_pct / 100)
+        near = [seller for score, seller in known if score <= most]
         pick = near[self.below(len(near))]
         return _led(pick, ranked), f"at random within {self.policy.near_pct} % of the fastest {kind} provider"
 
