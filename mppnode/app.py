@@ -18,8 +18,9 @@ from channels.ids import ChannelId
 from channels.model import AcceptVoucher, Voucher
 from channels.signature import address_of
 from channels.wire.challenge import ChallengeMac
-from mppnode.config.schema import Config, ModelConfig, ProviderConfig
-from mppnode.engine.chat import ChatEngine, Upstream
+from mppnode.config.schema import Config
+from mppnode.engine.chat import ChatEngine
+from mppnode.engine.prober import Prober
 from mppnode.engine.stream import StreamLimits
 from mppnode.http.middleware import fault_boundary
 from mppnode.kernel.requests import ChatLimits
@@ -30,13 +31,13 @@ from mppnode.ledger.life import Life, Lost, Sweeper
 from mppnode.ledger.spool import Spool
 from mppnode.observe.logs import Level
 from mppnode.parts import Treasury, World, account_policy, build_treasury, escrows_of, open_chain, open_ledger
-from mppnode.pricing.book import Model, PriceBook, Rates
 from mppnode.providers.transport import Transport, TransportLimits
 from mppnode.rails.live import LiveChannels
 from mppnode.rails.presented import Seller
 from mppnode.rails.session import SessionRail, SessionTerms
 from mppnode.rails.tab import TabPolicy
-from mppnode.registry import DECODERS, SURFACES
+from mppnode.registry import SURFACES
+from mppnode.selling import Sales, build_sales
 
 _HEADER_BYTES_MAX = 24 * 1024  # a 16 KiB credential (reliability: section 2.9) and its scheme, with room
 _KEEP_ALIVE_S = 75.0
@@ -59,6 +60,7 @@ class Node:
         self.books: Books | None = None
         self.treasury: Treasury | None = None
         self.rail: SessionRail | None = None
+        self.sales: Sales | None = None
         self.url = ""
 
     async def start(self) -> None:
@@ -173,10 +175,14 @@ class Node:
         config, limits = self._config, self._config.limits
         transport = Transport(TransportLimits(first_byte_s=limits.first_token_s, idle_s=limits.idle_s))
         self._exit.push_async_callback(transport.close)
+        sales = build_sales(config, clock=self._world.clock, entropy=self._world.entropy, log=self._log)
+        self.sales = sales
+        prober = Prober(sales.market, transport, clock=self._world.clock, log=self._log)
+        self._daemon(sales.shelf.keep(asyncio.sleep), "prices")
+        self._daemon(prober.keep(asyncio.sleep), "probe")
         return ChatEngine(
-            book=PriceBook(_model(model) for model in config.models),
-            default_model=config.models[0].id,
-            upstreams={provider.name: _upstream(provider) for provider in config.providers},
+            market=sales.market,
+            counters=sales.counters,
             transport=transport,
             rail=rail,
             live=live,
@@ -238,13 +244,3 @@ async def _resubmit(books: Books, channel: ChannelId, voucher: Voucher) -> None:
     except ChannelFault as fault:
         if fault.reason not in (Reason.VOUCHER_TOO_LOW, Reason.CHANNEL_FINALIZED, Reason.STORE_UNAVAILABLE):
             raise
-
-
-def _model(model: ModelConfig) -> Model:
-    rates = Rates(model.input, model.cached_input, model.output)
-    return Model(model.id, model.provider, model.upstream_model, rates, model.context, model.max_output)
-
-
-def _upstream(provider: ProviderConfig) -> Upstream:
-    key = provider.api_key
-    return Upstream(provider.base_url, lambda: None if key is None else key.reveal(), DECODERS["openai"])

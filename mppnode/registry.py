@@ -7,11 +7,11 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from mppnode.config.secrets import Secret
+from mppnode.http.models import ModelsSurface
 from mppnode.http.openai import ChatSurface
+from mppnode.http.quote import QuoteSurface
 from mppnode.ledger.base import Ledger, LedgerError
 from mppnode.ledger.sqlite import SqliteStore
-from mppnode.providers.base import ChunkDecoder
-from mppnode.providers.openai_compatible import OpenAIDecoder
 
 
 def _postgres(dsn: Secret[str], **parts: Any) -> Ledger:
@@ -23,5 +23,4 @@ def _postgres(dsn: Secret[str], **parts: Any) -> Ledger:
 
 
 STORES: Final[Mapping[str, Callable[..., Ledger]]] = MappingProxyType({"sqlite": SqliteStore, "postgres": _postgres})
-SURFACES: Final = (ChatSurface,)
-DECODERS: Final[Mapping[str, Callable[[], ChunkDecoder]]] = MappingProxyType({"openai": OpenAIDecoder})
+SURFACES: Final = (ChatSurface, QuoteSurface, ModelsSurface)

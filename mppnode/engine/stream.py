@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -20,9 +21,9 @@ from typing import Final
 from channels.faults import Reason
 from channels.units import Pico
 from channels.wire import sse
+from mppnode.engine import frames
 from mppnode.engine.sink import Sink
 from mppnode.kernel.probe import Probe, unwatched
-from mppnode.kernel.usage import Usage
 from mppnode.metering.tally import Tally
 from mppnode.providers.base import Chunk, ChunkDecoder, UpstreamFault, UpstreamResponse
 from mppnode.rails.tab import SessionTab
@@ -66,7 +67,9 @@ class PaidStream:
         "_decoder",
         "_drained_pico",
         "_drained_tokens",
+        "_early",
         "_ending",
+        "_hold_finish",
         "_limits",
         "_loop",
         "_paused",
@@ -88,9 +91,9 @@ class PaidStream:
         "_written_bytes",
         "_written_pico",
         "error",
+        "finish",
         "first_chunk",
         "starved_s",
-        "usage_sent",
     )
 
     def __init__(
@@ -103,17 +106,24 @@ class PaidStream:
         sink: Sink,
         limits: StreamLimits,
         tokens_max: int,
+        hold_finish: bool = False,
+        early: Sequence[Chunk] = (),
         probe: Probe = unwatched,
     ) -> None:
+        """``early`` is what ``decoder`` has already made of the upstream's first reads; ``hold_finish`` keeps the last
+        chunk with a finish reason for the caller of :meth:`run` to send.
+        """
         self._probe = probe
         self._tokens_max = tokens_max
+        self._hold_finish = hold_finish
         self._upstream = upstream
         self._decoder = decoder
         self._tab = tab
         self._tally = tally
         self._sink = sink
         self._limits = limits
-        self._pending: deque[Chunk] = deque()
+        self._pending: deque[Chunk] = deque(early)
+        self._early = bool(early)
         self._paused = False
         self._behind = False
         self._upstream_ended = False
@@ -132,7 +142,8 @@ class PaidStream:
         self._ending: asyncio.Future[Ending] = self._loop.create_future()
         self.first_chunk: bytes | None = None
         self.error: UpstreamFault | None = None
-        self.usage_sent = False
+        self.finish = b""
+        """The provider's last chunk with a finish reason, not yet sent."""
         self.starved_s = 0.0
 
     # ------------------------------------------------------------------------------------------------- life cycle
@@ -143,6 +154,10 @@ class PaidStream:
         self._tab.on_change = self._pump
         self._tab.delivered = self._delivered
         self._upstream.attach(self)
+        if self._early:
+            self._pump()
+        if not self._paused:
+            self._upstream.resume()
         self._schedule()
         try:
             return await self._ending
@@ -198,7 +213,7 @@ class PaidStream:
         # Asking only when a hold is renewed would give every reader its first window for nothing.
         self._delivered()
         pending, tally, tab = self._pending, self._tally, self._tab
-        frames: list[bytes] = []
+        ready: list[bytes] = []
         finished = overrun = self._behind = False
         while pending:
             chunk = pending[0]
@@ -211,33 +226,35 @@ class PaidStream:
                 pending.clear()
                 break
             if chunk.tokens:
-                total = tally.price_at(tally.tokens + chunk.tokens)
-                if tally.tokens + chunk.tokens > self._tokens_max:
+                tokens = tally.after(chunk)
+                if tokens > self._tokens_max:
                     pending.clear()
                     overrun = True
                     break
+                total = tally.price_at(tokens)
                 if not self._covered(total):
                     break
-                tally.tokens += chunk.tokens
+                tally.take(chunk, tokens)
                 self._written_pico = total
             pending.popleft()
-            if chunk.usage is not None and not self._take_usage(chunk.usage) and not (chunk.tokens or chunk.finished):
-                continue  # a report nobody should believe; the node writes its own at the end
-            if chunk.frame:
-                frames.append(chunk.frame)
-        if frames and self.first_chunk is None:
-            self.first_chunk = frames[0]
+            frame = self._reported(chunk) if chunk.reported else chunk.frame
+            if chunk.finished and self._hold_finish:
+                frame = self._hold_back(frame, chunk.tokens)
+            if frame:
+                ready.append(frame)
+        if self.first_chunk is None and (ready or self.finish):
+            self.first_chunk = ready[0] if ready else self.finish
         need = tab.ask()
         if need is not None:
             self._probe("need_voucher.before")
-            frames.append(
+            ready.append(
                 sse.need_voucher_frame(
                     tab.account.id, required=need.required, accepted=need.accepted, deposit=need.deposit
                 )
             )
-        if frames:
+        if ready:
             self._probe("write.before")
-            self._write(b"".join(frames) if len(frames) > 1 else frames[0])
+            self._write(b"".join(ready) if len(ready) > 1 else ready[0])
             self._probe("write.after" if need is None else "need_voucher.after")
             self._silent_since = self._loop.time()
         if overrun:
@@ -250,16 +267,27 @@ class PaidStream:
         self._behind = total - self._drained_pico > self._tab.window_pico_max and self._sink.buffered() > 0
         return not self._behind and self._tab.cover(total)
 
-    def _write(self, frames: bytes) -> None:
+    def _write(self, data: bytes) -> None:
         # The sink may add framing and then reports more unsent than was written here: a chunk counts late, never early.
-        self._sink.write(frames)
-        self._written_bytes += len(frames)
+        self._sink.write(data)
+        self._written_bytes += len(data)
         self._unsent.append((self._written_bytes, self._written_pico, self._tally.tokens))
 
-    def _take_usage(self, usage: Usage) -> bool:
-        self._tally.report = usage
-        self.usage_sent = self._tally.believes(usage)
-        return self.usage_sent
+    def _reported(self, chunk: Chunk) -> bytes:
+        """Take the provider's report out of an event: the node writes one itself, with its price, once it is final."""
+        if chunk.usage is not None:
+            self._tally.report = chunk.usage
+        return frames.without_usage(chunk.frame) if chunk.tokens or chunk.finished else b""
+
+    def _hold_back(self, frame: bytes, tokens: int) -> bytes:
+        """Keep the last finish until the usage that will ride on it is known; give what can be sent already."""
+        earlier = self.finish
+        if tokens:
+            # Held back, what was counted would not have been sent when a client leaves.
+            content, frame = frames.split_finish(frame)
+            earlier += content
+        self.finish = frame
+        return earlier
 
     def _settle(self, *, finished: bool) -> None:
         """Decide what happens after a pump: end, pause, resume, or wait for the next read."""

@@ -20,7 +20,9 @@ from channels.wire.challenge import Challenge
 from channels.wire.credential import Envelope, decode_envelope
 from channels.wire.headers import payment_credentials, serialize_challenge
 from channels.wire.receipt import SessionReceipt
-from mppnode.engine.chat import ChatEngine, PaidChat
+from mppnode.engine.chat import ChatEngine
+from mppnode.engine.paid import PaidChat
+from mppnode.http import disclosure
 from mppnode.http.problem import STATUS, error_body, problem_body, retry_headers
 from mppnode.http.sse import EventStream, small_send_buffer
 from mppnode.kernel.faults import NodeFault, NodeReason
@@ -32,7 +34,9 @@ from mppnode.rails.session import Opened, SessionRail
 
 PATH: Final = "/v1/chat/completions"
 ROUTE: Final = f"POST {PATH}"
-EXPOSED: Final = "WWW-Authenticate, Payment-Receipt, Payment-Session, Payment-Session-Snapshot"
+EXPOSED: Final = ", ".join(
+    ("WWW-Authenticate", "Payment-Receipt", "Payment-Session", "Payment-Session-Snapshot", *disclosure.HEADERS)
+)
 _PAYMENT_REQUIRED: Final = 402
 _BODY_S: Final = 30.0  # for a whole body (reliability: section 2.9)
 _PROVEN: Final = frozenset(
@@ -74,7 +78,7 @@ class ChatSurface:
 
     async def post(self, request: web.Request) -> web.StreamResponse:
         """Serve content, manage a channel, or say what either costs."""
-        body = b"" if request.method == "HEAD" else await _body_of(request)
+        body = b"" if request.method == "HEAD" else await body_of(request)
         call = _Call(request, body)
         try:
             return await self._serve(call)
@@ -102,14 +106,14 @@ class ChatSurface:
             call.presented = call.opened = call.offer = None  # from here on no answer shows them
             return run
         body, receipt = await run.complete()
-        headers = {**_paid_headers(receipt), "Cache-Control": "private"}
+        headers = {**_paid_headers(receipt), **disclosure.of_answer(run), "Cache-Control": "private"}
         return web.Response(body=body, content_type="application/json", headers=headers)
 
     def _read(self, call: _Call) -> tuple[Presented, ChatRequest | None, Offer]:
         """The credential, what it is to buy (None to manage its channel), and at what price."""
         tokens = payment_credentials(call.credentials)
         chat = parse_chat(call.body, limits=self._limits) if call.body else None
-        call.offer = offer = self._engine.offer(ROUTE, chat.model if chat else None)
+        call.offer = offer = self._engine.offer(ROUTE, chat)
         if not tokens:
             raise ChannelFault(Reason.PAYMENT_REQUIRED, detail="this request is paid for; answer the challenge")
         # The reference server takes the first Payment credential too, and a client never sends two.
@@ -125,7 +129,7 @@ class ChatSurface:
 
     async def _stream(self, call: _Call, run: PaidChat) -> web.StreamResponse:
         small_send_buffer(call.request.transport)
-        sink = EventStream(call.request, _paid_headers(run.receipt()))
+        sink = EventStream(call.request, _paid_headers(run.receipt()) | disclosure.of_answer(run))
         try:
             response = await sink.open()
         except BaseException:
@@ -150,6 +154,7 @@ class ChatSurface:
             "Access-Control-Allow-Origin": "*",
             "Access-Control-Expose-Headers": EXPOSED,
             **retry_headers(fault),
+            **disclosure.of_offer(call.offer),
         }
         if STATUS[fault.reason] != _PAYMENT_REQUIRED:
             headers |= self._opened_receipt(call)
@@ -175,7 +180,12 @@ class ChatSurface:
         return await self._books.load(call.presented.payload.channel_id)
 
     def _fail(self, call: _Call, fault: NodeFault) -> web.Response:
-        headers = retry_headers(fault) | self._opened_receipt(call)
+        headers = {
+            **retry_headers(fault),
+            **self._opened_receipt(call),
+            **disclosure.of_offer(call.offer),
+            **disclosure.of_fault(fault),
+        }
         return _answer(call, STATUS[fault.reason], error_body(fault), "application/json", headers)
 
     def _opened_receipt(self, call: _Call) -> dict[str, str]:
@@ -205,7 +215,7 @@ class _Call:
         self.opened: Opened | None = None
 
 
-async def _body_of(request: web.Request) -> bytes:
+async def body_of(request: web.Request) -> bytes:
     """The body, within its size (aiohttp's ``client_max_size``) and its time."""
     if "Content-Encoding" in request.headers:
         # A kilobyte can unpack to a gigabyte, and no OpenAI client compresses requests.

@@ -50,6 +50,8 @@ class Listing:
     priced_at: UnixSeconds | None = None
     """When the price was read from its source; None when the operator wrote it down, which does not go stale."""
     source: str = "configuration"
+    markup_bps: int = 0
+    """What of ``rates`` is the node's own, in hundredths of a per cent of the provider's price."""
     quality: int = 0
     """Of the model's answers, 0 to 100, by whoever compiled the list; 0 is unknown."""
 

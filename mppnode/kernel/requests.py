@@ -5,17 +5,18 @@ Source: the OpenAI chat completion API, plus the node's own routing and price fi
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 import orjson
 
-from channels.wire.strict_json import nested_within
 from mppnode.kernel.faults import NodeFault, NodeReason
+from mppnode.kernel.listing import Ability
+from mppnode.kernel.strict_input import parse_object
+from mppnode.kernel.wishes import Wishes, needs_of, parse_wishes
 
 NODE_ONLY: Final = frozenset(
     {
@@ -43,17 +44,8 @@ _ONLY: Final[Mapping[str, tuple[Any, ...]]] = {"service_tier": ("auto", "default
 """Fields whose other values cost the node more than the price it quoted."""
 
 _MODEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,255}", re.ASCII)
-_INT_DIGITS_MAX: Final = 20  # of 2**64; int() of thousands of digits raises
 _MAX_TOKENS_DEFAULT: Final = 4096
-_CENTS_MAX: Final = 10**9
-
-
-class Strategy(StrEnum):
-    """How a provider is chosen among those that qualify."""
-
-    CHEAPEST = "cheapest"
-    FASTEST = "fastest"
-    BALANCED = "balanced"
+_IMAGES_PER_VIDEO: Final = 16  # frames a model looks at of a clip that fits into a request
 
 
 class Role(StrEnum):
@@ -67,7 +59,6 @@ class Role(StrEnum):
     FUNCTION = "function"
 
 
-_STRATEGIES: Final = frozenset(strategy.value for strategy in Strategy)  # `"x" in Strategy` raises before 3.12
 _ROLES: Final = frozenset(role.value for role in Role)
 
 
@@ -90,20 +81,15 @@ class ChatLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class PriceCeiling:
-    """The most the caller will pay, in whole cents per million tokens."""
-
-    input_cents: int
-    output_cents: int
-
-
-@dataclass(frozen=True, slots=True)
 class Message:
-    """One message: who, its text (parts joined), and how many media parts it carries."""
+    """One message: who, its text (parts joined), and what media it carries."""
 
     role: Role
     text: str
-    media_parts: int = 0
+    images: int = 0
+    """Pictures; a video counts as several."""
+    audio_bytes: int = 0
+    """Of encoded sound."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +99,8 @@ class ChatRequest:
     model: str
     messages: tuple[Message, ...]
     stream: bool
-    include_usage: bool
-    """Whether the caller asked for a usage chunk; the node asks its providers in any case."""
+    include_usage: bool | None
+    """Whether the caller asked for a usage chunk of its own; the node asks its providers in any case."""
     max_tokens: int
     choices: int
     temperature: float | None
@@ -123,12 +109,13 @@ class ChatRequest:
     frequency_penalty: float | None
     presence_penalty: float | None
     timeout_ms: int
-    strategy: Strategy | None
-    allow_external: bool | None
-    ceiling: PriceCeiling | None
+    wishes: Wishes
+    """Who may serve it, at what price, chosen how."""
+    needs: Ability
     prompt_bytes: int
     """UTF-8 bytes the model will read as text: messages, tool calls, tool definitions. Media is counted apart."""
-    media_parts: int
+    images: int
+    audio_bytes: int
     raw: Mapping[str, Any] = field(repr=False)
     """The caller's JSON, for forwarding and nothing else."""
 
@@ -172,113 +159,13 @@ def parse_chat(body: bytes, *, limits: ChatLimits) -> ChatRequest:
         frequency_penalty=_number(raw, "frequency_penalty", -2, 2),
         presence_penalty=_number(raw, "presence_penalty", -2, 2),
         timeout_ms=_integer(raw, "timeout_ms", 1, limits.timeout_ms) or limits.timeout_ms,
-        strategy=_strategy(raw),
-        allow_external=_boolean(raw, "allow_external"),
-        ceiling=_ceiling(raw),
+        wishes=parse_wishes(raw),
+        needs=needs_of(raw),
         prompt_bytes=message_bytes + _tool_bytes(raw),
-        media_parts=sum(message.media_parts for message in messages),
+        images=sum(message.images for message in messages),
+        audio_bytes=sum(message.audio_bytes for message in messages),
         raw=raw,
     )
-
-
-# ------------------------------------------------------------------------------------------------------------- JSON
-
-
-def parse_object(body: bytes, *, limits: ChatLimits) -> dict[str, Any]:
-    """Read exactly one JSON object, within the limits.
-
-    Raises:
-        NodeFault: ``BODY_TOO_LARGE`` or ``INVALID_JSON``.
-
-    Source: RFC 8259, RFC 7493.
-    """
-    if len(body) > limits.body_bytes:
-        raise NodeFault(NodeReason.BODY_TOO_LARGE, detail=f"the body is larger than {limits.body_bytes} bytes")
-    # orjson is faster but keeps the last of two equal keys and turns large integers into floats, silently.
-    try:
-        text = body.decode("utf-8")
-    except UnicodeDecodeError:
-        _not_json("is not UTF-8")
-    if not nested_within(text, limits.depth):
-        _not_json("is nested too deeply")
-    try:
-        value = json.loads(
-            text,
-            object_pairs_hook=_unique_pairs,
-            parse_constant=_no_constant,
-            parse_int=_bounded_int,
-            parse_float=_finite_float,
-        )
-    except ValueError:
-        _not_json("is not valid JSON")
-    if not isinstance(value, dict):
-        _not_json("is not a JSON object")
-    _check_tree(value, limits, escapes="\\u" in text)
-    return value
-
-
-def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        _not_json("has the same key twice in one object")
-    return made
-
-
-def _no_constant(_: str) -> NoReturn:
-    _not_json("has a number that JSON does not have")
-
-
-def _bounded_int(digits: str) -> int:
-    value = int(digits) if len(digits) <= _INT_DIGITS_MAX else 1 << 64
-    if not -(1 << 63) <= value < 1 << 64:
-        _not_json("has an integer beyond 64 bits")  # encoders downstream would change it
-    return value
-
-
-def _finite_float(digits: str) -> float:
-    value = float(digits)
-    if value in {float("inf"), float("-inf")}:
-        _not_json("has a number that is too large")
-    return value
-
-
-def _check_tree(root: dict[str, Any], limits: ChatLimits, *, escapes: bool) -> None:
-    """Bound depth and keys, and refuse lone surrogates, which only an escape can smuggle past UTF-8."""
-    level: list[Any] = [root]
-    keys = depth = 0
-    while level:
-        depth += 1
-        if depth > limits.depth:
-            _not_json(f"is nested deeper than {limits.depth} levels")
-        below: list[Any] = []
-        for node in level:
-            members: Iterator[Any]
-            if isinstance(node, dict):
-                keys += len(node)
-                members = iter(node.values())
-                if escapes:
-                    _check_text("".join(node))
-            else:
-                members = iter(node)
-            for member in members:
-                if isinstance(member, (dict, list)):
-                    below.append(member)
-                elif escapes and isinstance(member, str):
-                    _check_text(member)
-        if keys > limits.keys:
-            _not_json(f"has more than {limits.keys} keys")
-        level = below
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        _not_json("has half of a surrogate pair")
-
-
-def _not_json(detail: str) -> NoReturn:
-    raise NodeFault(NodeReason.INVALID_JSON, field="the body", detail=detail) from None
 
 
 # ----------------------------------------------------------------------------------------------------------- fields
@@ -322,16 +209,16 @@ def _max_tokens(raw: Mapping[str, Any], limits: ChatLimits) -> int:
     return new or old or min(_MAX_TOKENS_DEFAULT, limits.max_tokens)
 
 
-def _include_usage(raw: Mapping[str, Any]) -> bool:
+def _include_usage(raw: Mapping[str, Any]) -> bool | None:
     options = raw.get("stream_options")
     if options is None:
-        return False
+        return None
     if not isinstance(options, dict):
         _bad("stream_options", "is not an object")
     asked = options.get("include_usage")
     if asked is not None and not isinstance(asked, bool):
         _bad("stream_options.include_usage", "is not a boolean")
-    return bool(asked)
+    return asked
 
 
 def _stop(raw: Mapping[str, Any], limits: ChatLimits) -> tuple[str, ...]:
@@ -348,28 +235,6 @@ def _stop(raw: Mapping[str, Any], limits: ChatLimits) -> tuple[str, ...]:
                 f"is not a string of 1 to {limits.stop_bytes} bytes",
             )
     return tuple(given)
-
-
-def _strategy(raw: Mapping[str, Any]) -> Strategy | None:
-    value = raw.get("routing_strategy")
-    if value is None:
-        return None
-    if not isinstance(value, str) or value not in _STRATEGIES:
-        _bad("routing_strategy", "is not one of cheapest, fastest, balanced")
-    return Strategy(value)
-
-
-def _ceiling(raw: Mapping[str, Any]) -> PriceCeiling | None:
-    names = ("max_input_price_per_million", "max_output_price_per_million")
-    paid_in, paid_out = (_integer(raw, name, 0, _CENTS_MAX) for name in names)
-    if paid_in is None and paid_out is None:
-        return None
-    # One ceiling alone would leave the other price unbounded, which is never what a caller with a budget means.
-    if paid_in is None:
-        _bad(names[0], "is missing although the output ceiling is set")
-    if paid_out is None:
-        _bad(names[1], "is missing although the input ceiling is set")
-    return PriceCeiling(paid_in, paid_out)
 
 
 def _tool_bytes(raw: Mapping[str, Any]) -> int:
@@ -427,15 +292,15 @@ def _message(given: Any, path: str, limits: ChatLimits) -> tuple[Message, int]:
         return Message(Role(role), content), extra + len(content.encode())
     if not isinstance(content, list) or not content:
         _bad(f"{path}.content", "is not a string or an array of parts")
-    texts, media = [], 0
+    texts: list[str] = []
+    images = audio = 0
     for index, part in enumerate(content):
-        text = _part(part, f"{path}.content[{index}]", limits)
-        if text is None:
-            media += 1
-        else:
-            texts.append(text)
+        seen = _part(part, f"{path}.content[{index}]", limits)
+        texts += [] if seen.text is None else [seen.text]
+        images += seen.images
+        audio += seen.audio_bytes
     joined = "\n".join(texts)
-    return Message(Role(role), joined, media), extra + len(joined.encode())
+    return Message(Role(role), joined, images, audio), extra + len(joined.encode())
 
 
 def _names(given: Mapping[str, Any], path: str, role: Role) -> int:
@@ -480,8 +345,13 @@ def _calls(given: Mapping[str, Any], path: str, role: Role) -> int:
     return total
 
 
-def _part(given: Any, path: str, limits: ChatLimits) -> str | None:
-    """The text of a part, or ``None`` for media."""
+class _Part(NamedTuple):
+    text: str | None = None
+    images: int = 0
+    audio_bytes: int = 0
+
+
+def _part(given: Any, path: str, limits: ChatLimits) -> _Part:
     if not isinstance(given, dict):
         _bad(path, "is not an object")
     match given.get("type"):
@@ -489,24 +359,27 @@ def _part(given: Any, path: str, limits: ChatLimits) -> str | None:
             text = given.get(kind)
             if not isinstance(text, str):
                 _bad(f"{path}.{kind}", "is not a string")
-            return text
+            return _Part(text)
         case "image_url" | "video_url" | "audio_url" as kind:
             source = given.get(kind)
             if not isinstance(source, dict):
                 _bad(f"{path}.{kind}", "is not an object")
-            _media_url(source.get("url"), f"{path}.{kind}.url", limits)
-            return None
+            url = _media_url(source.get("url"), f"{path}.{kind}.url", limits)
+            if kind == "audio_url":
+                return _Part(audio_bytes=len(url))
+            return _Part(images=1 if kind == "image_url" else _IMAGES_PER_VIDEO)
         case "input_audio" as kind:
             sound = given.get(kind)
             if not isinstance(sound, dict) or not isinstance(sound.get("data"), str):
                 _bad(f"{path}.{kind}.data", "is not a string")
-            return None
+            return _Part(audio_bytes=len(sound["data"]) * 3 // 4)
         case _:
             # An unknown part could name a URL for the provider to fetch, past the check above.
             _bad(f"{path}.type", "is not one of text, refusal, image_url, video_url, audio_url, input_audio")
 
 
-def _media_url(url: Any, path: str, limits: ChatLimits) -> None:
+def _media_url(url: Any, path: str, limits: ChatLimits) -> str:
     allowed = ("data:", "https://") if limits.remote_media else ("data:",)
     if not isinstance(url, str) or not url.startswith(allowed):
         _bad(path, "is not a URL starting with " + " or ".join(allowed))
+    return url

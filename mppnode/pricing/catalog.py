@@ -156,6 +156,7 @@ def _listed(entry: Entry, provider: ProviderConfig, markup_bps: int) -> Listing:
         context=entry.context,
         max_output=entry.max_output,
         abilities=entry.abilities,
+        markup_bps=markup_bps,
         priced_at=None if entry.vouched else entry.time,
         source=entry.source,
         quality=entry.quality,

@@ -99,7 +99,10 @@ class UpstreamResponse(Protocol):
         ...
 
     def attach(self, sink: Sink) -> None:
-        """Send the body to ``sink`` from now on; what has already arrived is delivered before this returns."""
+        """Send the body to ``sink`` from now on; what nobody has had yet is delivered before this returns.
+
+        A sink attached later takes over from the one before; one attached after the end is told of the end.
+        """
         ...
 
     def pause(self) -> None:

@@ -114,8 +114,10 @@ class Response:
         self._error: UpstreamFault | None = None
 
     def attach(self, sink: Sink) -> None:
-        """Deliver what has arrived, inside this call, and everything that follows, inside the read it came with."""
-        assert self._sink is None
+        """Deliver what has arrived, inside this call, and everything that follows, inside the read it came with.
+
+        A second sink takes the place of the first and gets what that one has not.
+        """
         self._sink = sink
         if self._early:
             early, self._early = bytes(self._early), bytearray()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
@@ -11,10 +12,11 @@ from channels.descriptor import ChainSnapshot, Escrow
 from channels.ids import ChannelId, Hash32
 from channels.instants import UnixSeconds
 from channels.model import Account
-from channels.units import Units
+from channels.units import Pico, Units
 from channels.verify import VerifiedOpen
 from channels.wire.credential import OpenPayload, TopUpPayload
-from mppnode.pricing.book import Model, QuotedUnit
+from mppnode.kernel.rates import Rates
+from mppnode.pricing.book import QuotedUnit
 
 WHOLE_REQUEST: Final = "request"
 """The ``unitType`` of a challenge whose amount is meant for one response, the reference implementation's word."""
@@ -22,10 +24,16 @@ WHOLE_REQUEST: Final = "request"
 
 @dataclass(frozen=True, slots=True)
 class Offer:
-    """What one request would be sold for: the model, the quoted unit, and the route it is bound to."""
+    """What one request would be sold for at most: the models asked for, the rates, the quoted unit, and the route.
+
+    Providers differ in price, and which one serves is decided when the request is paid. So a challenge quotes the
+    dearest that may serve, names its rates under its MAC, and nothing above them is ever charged on it.
+    """
 
     route: str
-    model: Model
+    asked: str
+    """The model as the caller wrote it, or several of them in their order."""
+    rates: Rates
     unit: QuotedUnit
 
     def for_the_rest(self, missing: Units) -> Offer:
@@ -37,8 +45,17 @@ class Offer:
 
     @property
     def scope(self) -> dict[str, str]:
-        """What a challenge binds besides its price: a credential for one route or model buys no other."""
-        return {"route": self.route, "model": self.model.id, "price": self.model.rates.version}
+        """What a challenge binds: a credential for one route or model buys no other, and none beyond these rates."""
+        return {"route": self.route, "model": self.asked, "rates": ":".join(str(int(rate)) for rate in self.rates.axes)}
+
+
+def quoted_rates(scope: Mapping[str, str]) -> Rates:
+    """The rates a challenge of ours was issued at.
+
+    Raises:
+        ValueError: when it names none, which no challenge does that this node has issued.
+    """
+    return Rates(*(Pico(int(rate)) for rate in scope.get("rates", "").split(":")))
 
 
 class ChainIntents(Protocol):

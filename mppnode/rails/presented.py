@@ -13,7 +13,7 @@ from channels.faults import ChannelFault, Reason
 from channels.ids import Address
 from channels.instants import UnixMillis, UnixSeconds, parse_rfc3339
 from channels.wire import request as session_request
-from channels.wire.challenge import Challenge, ChallengeMac, encode_opaque, require_fresh
+from channels.wire.challenge import Challenge, ChallengeMac, decode_opaque, require_fresh
 from channels.wire.credential import (
     ClosePayload,
     Envelope,
@@ -23,7 +23,8 @@ from channels.wire.credential import (
     parse_source,
 )
 from channels.wire.request import SessionRequest
-from mppnode.rails.base import WHOLE_REQUEST, Offer
+from mppnode.kernel.rates import Rates
+from mppnode.rails.base import Offer, quoted_rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +38,8 @@ class Presented:
     source: tuple[int, Address] | None
     peer: str
     """Network address it came from; only ever a key of a rate limit."""
+    quoted: Rates | None = None
+    """What the challenge promised at most, when the credential is to buy content."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +57,10 @@ def read_presented(
 ) -> Presented:
     """Decide whether a credential answers a challenge of this node, and for ``offer`` when it is to buy content.
 
-    Management requests (``offer`` is None) carry no body to price, so neither amount nor scope is compared: the MAC
-    already proves the challenge was ours. Vouchers and closes may come with an expired one, because a stream can
-    outlive its challenge and a v1 payer cannot get another.
+    Prices are not compared with today's: the MAC proves that they were ours a few minutes ago, and the request is
+    served within them or not at all. Management requests (``offer`` is None) carry no body, so not even the scope is
+    compared. Vouchers and closes may come with an expired challenge, because a stream can outlive its challenge and a
+    v1 payer cannot get another.
 
     Raises:
         ChannelFault: ``INVALID_CHALLENGE``, ``PAYMENT_EXPIRED``, ``INVALID_PAYLOAD``, ``INVALID_SIGNATURE`` or
@@ -66,8 +70,7 @@ def read_presented(
     if not mac.verify(challenge):
         raise ChannelFault(Reason.INVALID_CHALLENGE, field="id", detail="does not belong to this challenge")
     asked = _pinned(challenge, seller)
-    if offer is not None:
-        _require_offer(challenge, asked, offer)
+    quoted = None if offer is None else _quoted(challenge, offer)
     expires = parse_rfc3339(challenge.expires)
     payload = None
     if offer is None:
@@ -79,7 +82,7 @@ def read_presented(
     source = None if envelope.source is None else parse_source(envelope.source)
     if source is not None and source[0] != asked.escrow.chain_id:
         raise ChannelFault(Reason.SOURCE_MISMATCH, field="source", detail="names another chain")
-    return Presented(challenge, UnixSeconds(-(-expires // 1000)), asked.escrow, payload, source, peer)
+    return Presented(challenge, UnixSeconds(-(-expires // 1000)), asked.escrow, payload, source, peer, quoted)
 
 
 def _pinned(challenge: Challenge, seller: Seller) -> SessionRequest:
@@ -98,9 +101,12 @@ def _pinned(challenge: Challenge, seller: Seller) -> SessionRequest:
     return asked
 
 
-def _require_offer(challenge: Challenge, asked: SessionRequest, offer: Offer) -> None:
-    if challenge.opaque != encode_opaque(offer.scope):
-        raise ChannelFault(Reason.INVALID_CHALLENGE, field="opaque", detail="is for another route, model or price")
-    the_rest = asked.unit_type == WHOLE_REQUEST and asked.amount > offer.unit.amount
-    if not the_rest and (asked.amount != offer.unit.amount or asked.unit_type != offer.unit.unit_type):
-        raise ChannelFault(Reason.INVALID_CHALLENGE, field="amount", detail="is not this request's price")
+def _quoted(challenge: Challenge, offer: Offer) -> Rates:
+    """The rates this challenge promised for what is asked now."""
+    scope = decode_opaque(challenge.opaque)
+    if (scope.get("route"), scope.get("model")) == (offer.route, offer.asked):
+        try:
+            return quoted_rates(scope)
+        except (ValueError, TypeError):
+            pass  # issued before an update of the node
+    raise ChannelFault(Reason.INVALID_CHALLENGE, field="opaque", detail="is for another route or model")

@@ -141,7 +141,7 @@ class SessionRail:
             request=request.encode(),
             expires=expires_text(expires, int.from_bytes(self._entropy(8))),
             opaque=offer.scope,
-            description=describe(offer.model.rates),
+            description=describe(offer.rates),
         )
 
     def snapshot(self, account: Account, required: Units) -> SessionSnapshot | None:

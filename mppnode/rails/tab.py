@@ -105,6 +105,17 @@ class SessionTab:
         """Why this tab can never cover more, or None: a newer request took the channel, it is closing, and so on."""
         return self._ended
 
+    def narrow(self, *, token_pico: int, reserve_pico: int, cap_pico: int) -> None:
+        """Go on with the prices of the provider that serves: what was reserved is for the dearest that might have.
+
+        Called before the first :meth:`cover`; every figure is at most what the tab was opened with.
+        """
+        assert self._consumed == 0
+        self._token = min(self._token, token_pico)
+        self._reserve = min(self._reserve, reserve_pico)
+        self.cap_pico = min(self.cap_pico, cap_pico)
+        self._window = max(self.granted - self._reserve, self._token)
+
     # -------------------------------------------------------------------------------------------------- hot path
 
     def cover(self, total: int) -> bool:

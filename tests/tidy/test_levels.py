@@ -28,6 +28,7 @@ LEVELS = {
     "mppnode.parts": 8,
     "mppnode.watchtower": 8,
     "mppnode.registry": 8,
+    "mppnode.selling": 8,
     "mppnode.cli": 8,
     "mppnode.payer": 1,
 }

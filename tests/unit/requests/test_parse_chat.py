@@ -249,9 +249,9 @@ def test_media_is_counted_apart_from_text():
     """A picture's base64 is not a prompt of a million tokens."""
     part = {"type": "image_url", "image_url": {"url": "data:image/png;base64," + "A" * 10_000}}
     chat = parse(messages=[{"role": "user", "content": [{"type": "text", "text": "hi"}, part]}])
-    assert (chat.prompt_bytes, chat.media_parts, chat.messages[0].media_parts) == (2, 1, 1)
+    assert (chat.prompt_bytes, chat.images, chat.messages[0].images) == (2, 1, 1)
     remote = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://h/x.png"}}]}]
-    assert parse(ChatLimits(remote_media=True), messages=remote).media_parts == 1
+    assert parse(ChatLimits(remote_media=True), messages=remote).images == 1
 
 
 def test_prompt_bytes_count_what_the_model_reads():

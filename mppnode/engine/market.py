@@ -1,0 +1,215 @@
+"""What a request may buy and from whom: the catalog, the router and the providers' addresses behind one door."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import IntEnum
+from types import MappingProxyType
+from typing import Any, Final, Protocol
+
+from channels.faults import ChannelFault, Reason
+from channels.units import Pico
+from mppnode.engine.attempts import Endpoint, Watch
+from mppnode.kernel.clock import Clock
+from mppnode.kernel.faults import NodeFault, NodeReason
+from mppnode.kernel.listing import Listing
+from mppnode.kernel.rates import Rates
+from mppnode.kernel.requests import ChatRequest, Role
+from mppnode.kernel.strategy import Strategy
+from mppnode.metering.tally import prompt_tokens_held
+from mppnode.pricing.book import choose_unit
+from mppnode.pricing.catalog import Catalog
+from mppnode.rails.base import Offer
+from mppnode.routing.affinity import affinity_key
+from mppnode.routing.breaker import Standing
+from mppnode.routing.decision import bound_of
+from mppnode.routing.health import PermitWatch
+from mppnode.routing.plan import Moment, Preferences, Wish, plan
+from mppnode.routing.router import Router
+
+_USUAL_PROMPT_TOKENS: Final = 512
+_FIRST_WINDOW_TOKENS: Final = 64
+_LEAST: Final = Rates(Pico(1), Pico(1), Pico(1))  # a free model is quoted at something: an amount of zero is no quote
+_ASKED_MAX: Final = 512  # characters of the models in a challenge: header space is dear
+
+
+class Readiness(IntEnum):
+    """Whether a listing could be used now; the least is the best."""
+
+    READY = 0
+    LOADING = 1
+    """It failed, and is about to be tried again."""
+    UNAVAILABLE = 2
+
+
+_READINESS: Final[Mapping[Standing, Readiness]] = MappingProxyType(
+    {
+        Standing.STEADY: Readiness.READY,
+        Standing.SHAKY: Readiness.READY,
+        Standing.PROBE: Readiness.LOADING,
+        Standing.THROTTLED: Readiness.UNAVAILABLE,
+        Standing.OPEN: Readiness.UNAVAILABLE,
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """Models the node chose for ``model: "auto"``, best first, and what it tells the caller about the choice."""
+
+    models: tuple[str, ...]
+    decision: Mapping[str, Any]
+
+
+class Chooser(Protocol):
+    """Chooses models by what a prompt asks for."""
+
+    def choose(self, chat: ChatRequest) -> Chosen | None:
+        """The models to try, or None when the caller has named one.
+
+        Raises:
+            NodeFault: ``INVALID_FIELD``, ``UNKNOWN_MODEL`` or ``NO_PROVIDER``.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Who is to serve a request, in order, and the most it may cost."""
+
+    wish: Wish
+    chain: tuple[Listing, ...]
+    bound: Rates
+    """No provider that may be tried is dearer than this on any axis."""
+    max_output: int
+    """Tokens of one choice, at whoever allows the most of them."""
+    strategy: Strategy
+    rule: str
+    decision: Mapping[str, Any] | None = None
+    """What is told about the choice of a model, when the node made it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quote:
+    """A route and the most a request on it can cost, in pico-dollars."""
+
+    route: Route
+    cost_max: Pico
+
+
+@dataclass(slots=True)
+class Market:
+    """Everything on sale. It decides nothing itself: prices are the catalog's and choices the router's."""
+
+    router: Router
+    endpoints: Mapping[str, Endpoint]
+    catalog: Callable[[], Catalog]
+    """What is on sale at this moment; the first model is what a request without a body is quoted for."""
+    clock: Clock
+    defaults: Sequence[Preferences] = ()
+    chooser: Chooser | None = None
+
+    def offer(self, route: str, chat: ChatRequest | None) -> Offer:
+        """What a request is sold for at most; without one, what a usual request on this route is.
+
+        Raises:
+            NodeFault: ``UNKNOWN_MODEL``, or ``NO_PROVIDER`` when nobody could ever serve it as it is asked.
+        """
+        if chat is None:
+            asked = self.catalog().models()[0]
+            wish = Wish((asked,))
+        else:
+            wish, _ = self._wish(chat, bound=None, payer=None)
+            asked = _asked(chat)
+        rates = bound_of(self.router.eligible(wish, Moment.of(self.clock)))
+        unit = choose_unit(
+            rates if any(rates.axes) else _LEAST,
+            usual_prompt_tokens=_USUAL_PROMPT_TOKENS,
+            first_window_tokens=_FIRST_WINDOW_TOKENS,
+        )
+        return Offer(route, asked, rates, unit)
+
+    def route(self, chat: ChatRequest, *, bound: Rates | None, payer: bytes | None) -> Route:
+        """Decide who serves a request, within what its challenge has quoted.
+
+        Raises:
+            ChannelFault: ``INVALID_CHALLENGE`` when somebody could serve it, but not at the quoted rates.
+            NodeFault: as :meth:`Router.decide`.
+        """
+        wish, decision = self._wish(chat, bound=bound, payer=payer)
+        now = Moment.of(self.clock)
+        able = self.router.eligible(wish, now)
+        if bound is not None:
+            able = tuple(listing for listing in able if listing.rates.within(bound))
+        try:
+            decided = self.router.decide(wish, now=now)
+        except NodeFault as fault:
+            if bound is None or not (fault.excluded or {}).get("quote"):
+                raise
+            # Whoever still sells at the quote is down or gone. Others may be up: a fresh quote is better than none.
+            raise ChannelFault(
+                Reason.INVALID_CHALLENGE, field="opaque", detail="quotes a price at which nobody serves now"
+            ) from None
+        return Route(
+            wish=wish,
+            chain=decided.chain,
+            bound=bound_of(able),
+            max_output=max(listing.max_output for listing in able),
+            strategy=decided.strategy,
+            rule=decided.rule,
+            decision=decision,
+        )
+
+    def watch(self, listing: Listing, *, streamed: bool) -> Watch | None:
+        """Leave to try a provider, and whom to tell how it went; None when it is not to be tried just now."""
+        permit = self.router.health.admit(listing, self.clock.monotonic())
+        return None if permit is None else PermitWatch(permit, self.clock, streamed=streamed)
+
+    def readiness(self, listing: Listing) -> Readiness:
+        """Whether a provider could be asked for this model now."""
+        if not self.sellable(listing):
+            return Readiness.UNAVAILABLE
+        key = (listing.provider, listing.model)
+        return _READINESS[self.router.health.standing(key, self.clock.monotonic())]
+
+    def sellable(self, listing: Listing) -> bool:
+        """Whether its price is recent enough to be sold at."""
+        return not self.catalog().stale(listing, self.clock.now())
+
+    def served(self, route: Route, listing: Listing) -> None:
+        """Remember who answered a conversation."""
+        self.router.served(route.wish, listing, Moment.of(self.clock))
+
+    def _wish(
+        self, chat: ChatRequest, *, bound: Rates | None, payer: bytes | None
+    ) -> tuple[Wish, Mapping[str, Any] | None]:
+        chosen = None if self.chooser is None else self.chooser.choose(chat)
+        wish = plan(
+            chat.wishes if chosen is None else replace(chat.wishes, models=chosen.models),
+            self.defaults,
+            needs=chat.needs,
+            prompt_tokens=prompt_tokens_held(chat.prompt_bytes, images=chat.images, audio_bytes=chat.audio_bytes),
+            max_tokens=chat.max_tokens,
+            affinity=affinity_key(payer or b"", cache_key=chat.wishes.cache_key, opening=_opening(chat)),
+            bound=bound,
+        )
+        return wish, None if chosen is None else chosen.decision
+
+
+def _opening(chat: ChatRequest) -> list[str]:
+    """The system's words and the user's first: what later turns of a conversation repeat."""
+    texts: list[str] = []
+    for message in chat.messages:
+        texts.append(message.text)
+        if message.role is Role.USER:
+            break
+    return texts
+
+
+def _asked(chat: ChatRequest) -> str:
+    """The models as the caller wrote them. A challenge for one of them buys no other."""
+    asked = ",".join(chat.wishes.models)
+    if len(asked) > _ASKED_MAX:
+        raise NodeFault(NodeReason.INVALID_FIELD, field="models", detail=f"is longer than {_ASKED_MAX} characters")
+    return asked

@@ -1,0 +1,247 @@
+"""A running request: its bill, its provider, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import orjson
+
+from channels.faults import ChannelFault, Reason
+from channels.units import Pico
+from channels.wire import sse
+from channels.wire.receipt import SessionReceipt
+from mppnode.engine import frames
+from mppnode.engine.attempts import Answer
+from mppnode.engine.sink import Sink
+from mppnode.engine.stream import Ending, PaidStream
+from mppnode.kernel.faults import NodeFault
+from mppnode.kernel.listing import Listing
+from mppnode.kernel.requests import ChatRequest
+from mppnode.metering.tally import Tally, TokenSource
+from mppnode.providers.base import UpstreamResponse
+from mppnode.rails.tab import SessionTab
+
+if TYPE_CHECKING:
+    from mppnode.engine.chat import ChatEngine
+    from mppnode.engine.market import Route
+
+T = TypeVar("T")
+
+
+class PaidChat:
+    """One request, from its reservation to its receipt."""
+
+    def __init__(self, engine: ChatEngine, tab: SessionTab, chat: ChatRequest, route: Route) -> None:
+        self.tab = tab
+        self.chat = chat
+        self.route = route
+        self.tally: Tally | None = None
+        """The bill; None until a provider has taken the prompt."""
+        self.answer: Answer | None = None
+        self.attempts = 0
+        self.upstream: UpstreamResponse | None = None
+        self._engine = engine
+        self._stream: PaidStream | None = None
+        self._superseded = False
+        self._waiting: asyncio.Task[Any] | None = None
+        self.releasing: asyncio.Task[None] | None = None
+        self.stall_ms = 0
+        self.cost = Pico(0)
+        # Not an Event: a kilobyte each, and thousands of streams may wait for their payers at once.
+        self._settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    def receipt(self, *, final: bool = False) -> SessionReceipt:
+        """The receipt as of the last committed state; a final one counts this request's tokens."""
+        tokens = None
+        if final and self.tally is not None:
+            usage = self.tally.usage()
+            tokens = usage.prompt + usage.completion
+        return self.tab.receipt(self._engine.clock.now_millis(), tokens=tokens)
+
+    def accepted(self, listing: Listing, response: UpstreamResponse | None) -> None:
+        """Learn which provider has taken the prompt, and with None that it has failed after all."""
+        self.upstream = response
+        self.tally = None if response is None else self._engine.tally(self.chat, listing)
+
+    async def connect(self, finding: Coroutine[Any, Any, Answer]) -> None:
+        """Wait for a provider, unless the client leaves or a newer request takes the channel first.
+
+        Raises:
+            ChannelFault: ``HOLD_FENCED`` in the second case.
+            NodeFault: as ``finding``.
+        """
+
+        async def keep() -> None:
+            # Kept here and not by the waiter, which may be cancelled in the very turn in which the provider answers.
+            self.answer = await finding
+
+        await self._interruptible(keep(), "connect")
+
+    async def _interruptible(self, work: Coroutine[Any, Any, T], name: str) -> T:
+        async def run() -> T | NodeFault:
+            try:
+                return await work
+            except NodeFault as fault:  # an answer, not a failed task
+                return fault
+
+        task: asyncio.Task[T | NodeFault] = self._engine.owner.start(run(), name=name)
+        self._waiting = task
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            task.cancel()
+            raise
+        finally:
+            self._waiting = None
+        if task.cancelled():
+            raise ChannelFault(Reason.HOLD_FENCED, detail="a newer request or a close took over this channel")
+        outcome = task.result()
+        if isinstance(outcome, NodeFault):
+            raise outcome
+        return outcome
+
+    async def supersede(self) -> None:
+        """End this request for a newer one or for a close, and return when its bill is settled."""
+        self._superseded = True
+        if self._stream is not None:
+            self._stream.supersede()
+        elif self._waiting is not None:
+            self._waiting.cancel()
+        await asyncio.wait({self._settled})  # awaited itself, it would be cancelled with its waiter
+
+    async def abandon(self, ending: Ending = Ending.DISCONNECTED) -> None:
+        """Give a request up before anything was sent: what its provider has taken is the prompt, if it took that."""
+        total = Pico(0)
+        if self.upstream is not None:
+            self.upstream.cancel()
+            # Ended by us, or for a newer request, the caller is refused and pays nothing; nor for half an answer.
+            if not self._superseded and self.chat.stream:
+                total, ending = self._forsaken(), Ending.DISCONNECTED
+        release = self._engine.owner.start(self.settle(total, ending), name="release hold")
+        await asyncio.wait({release})
+
+    def _forsaken(self) -> Pico:
+        """The bill of an accepted request whose client left before its first token: the prompt, which was read.
+
+        Free, a dear prompt and a hang-up would cost the node at will. Cut off by the node's own stop it is the node's.
+        """
+        return Pico(0) if self._engine.stopping or self.tally is None else self.tally.prompt
+
+    async def settle(self, total: Pico, ending: Ending) -> None:
+        """Charge the final total, once."""
+        self.cost = total
+        try:
+            await self._engine.ended(self, total, ending)
+        finally:
+            if not self._settled.done():
+                self._settled.set_result(None)
+
+    # --------------------------------------------------------------------------------------------------- streaming
+
+    async def stream(self, sink: Sink) -> None:
+        """Deliver the response as events and end it with its receipt; survives the cancellation of its caller.
+
+        Cancelling means that the client is gone: the upstream is closed and the bill settled all the same.
+        """
+        answer, tally = self.answer, self.tally
+        assert answer is not None
+        assert answer.decoder is not None
+        assert tally is not None
+        if self.route.decision is not None:
+            sink.write(frames.routing_frame(self.route.decision))
+        self._stream = PaidStream(
+            upstream=answer.response,
+            decoder=answer.decoder,
+            tab=self.tab,
+            tally=tally,
+            sink=sink,
+            limits=self._engine.limits,
+            tokens_max=self.chat.completion_tokens_max,
+            hold_finish=self.chat.include_usage is None,
+            early=answer.early,
+            probe=self._engine.probe,
+        )
+        if self._superseded:
+            self._stream.supersede()
+        task = self._engine.owner.start(self._deliver(self._stream, sink, answer, tally), name="stream")
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            self._stream.abandon()
+            raise
+        task.result()
+
+    async def _deliver(self, stream: PaidStream, sink: Sink, answer: Answer, tally: Tally) -> None:
+        begun = self._engine.clock.monotonic()
+        ending = await stream.run()
+        if ending is Ending.UPSTREAM_FAILED and stream.error is not None:
+            answer.watch.broke(stream.error.kind)
+        else:
+            answer.watch.ended(tokens=tally.tokens, seconds=self._engine.clock.monotonic() - begun - stream.starved_s)
+        if ending not in (Ending.DISCONNECTED, Ending.STALLED) and not await stream.drained():
+            ending = Ending.STALLED
+        self.stall_ms = round(stream.starved_s * 1000)
+        if ending is Ending.COMPLETE:
+            await self._engine.count(answer.listing, tally)
+        total = stream.final_total(ending)
+        if ending is Ending.DISCONNECTED and not stream.delivered_tokens:
+            total = self._forsaken()
+        # A report beyond what was asked for is the provider's affair: nobody pays more than the request could cost.
+        await self.settle(Pico(min(total, self.tab.cap_pico)), ending)
+        if ending is Ending.COMPLETE:
+            self._engine.learn(answer.listing, tally)
+        if not sink.gone():
+            self._engine.probe("receipt.before")
+            sink.write(b"".join(self._last_frames(stream, ending, tally)))
+            self._engine.probe("receipt.after")
+
+    def _last_frames(self, stream: PaidStream, ending: Ending, tally: Tally) -> list[bytes]:
+        first, held, last = stream.first_chunk, stream.finish, []
+        match ending:
+            case Ending.UPSTREAM_FAILED:
+                last.append(frames.error_frame(first, "the provider failed before the response was complete"))
+            case Ending.UNPAID | Ending.SUPERSEDED | Ending.CLOSED | Ending.OVERRUN:
+                last.append(frames.finish_frame(first, ending.value))
+            case Ending.COMPLETE | Ending.STALLED | Ending.DISCONNECTED:
+                last += [held] if held else []
+        usage = frames.usage_json(tally.usage(), self.cost)
+        if self.chat.include_usage:
+            last.append(frames.usage_frame(first, usage))
+        elif self.chat.include_usage is None:
+            # A caller who did not ask for a chunk without choices gets the usage on the last one that has them.
+            last = [*last[:-1], frames.with_usage(last[-1], usage)] if last else [frames.usage_frame(first, usage)]
+        return [*last, sse.receipt_frame(self.receipt(final=True)), sse.DONE]
+
+    # --------------------------------------------------------------------------------------------------- buffered
+
+    async def complete(self) -> tuple[bytes, SessionReceipt]:
+        """The whole response as one JSON object with ``usage``, charged by its usage.
+
+        Raises:
+            ChannelFault: ``HOLD_FENCED`` when a close has ended the request meanwhile.
+        """
+        answer, tally = self.answer, self.tally
+        assert answer is not None
+        assert answer.completion is not None
+        assert tally is not None
+        completion = answer.completion
+        # From here on nobody interrupts: cancelled while the charge commits, it would be billed and not delivered.
+        settling = self._engine.owner.start(self._charge(answer, tally), name="charge")
+        await asyncio.wait({settling})
+        settling.result()
+        document = completion.document
+        document["usage"] = frames.usage_json(tally.usage(), self.cost)
+        return orjson.dumps(document), self.receipt(final=True)
+
+    async def _charge(self, answer: Answer, tally: Tally) -> None:
+        completion = answer.completion
+        assert completion is not None
+        tally.count_whole(completion.text)
+        tally.report = completion.usage
+        answer.watch.ended(tokens=0, seconds=0.0)
+        await self._engine.count(answer.listing, tally)
+        await self.settle(Pico(min(tally.total(), self.tab.granted, self.tab.cap_pico)), Ending.COMPLETE)
+        if tally.source is TokenSource.REPORTED:
+            self._engine.learn(answer.listing, tally)
