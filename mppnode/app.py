@@ -190,6 +190,7 @@ class Node:
             clock=self._world.clock,
             limits=StreamLimits(voucher_wait_s=config.session.voucher_wait_s, stall_s=limits.stall_s),
             streams_max=limits.streams_max,
+            attempts_max=config.routing.attempts_max,
             log=self._log,
             probe=self._world.probe,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Final
 
 from mppnode.config.schema import Config, ProviderConfig
 from mppnode.engine.attempts import Endpoint
@@ -20,6 +21,9 @@ from mppnode.routing.health import Health
 from mppnode.routing.plan import Defaults
 from mppnode.routing.policy import RoutingPolicy
 from mppnode.routing.router import Router
+
+_CHAIN_MAX: Final = 16
+"""Providers one request may try. Refusals are quick, but each is a connection: more would make a storm of an outage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +69,7 @@ def build_sales(config: Config, *, clock: Clock, entropy: Callable[[int], bytes]
         allow_external=routing.allow_external,
         ceiling=routing.ceiling,
         band_pct=config.pricing.band_pct,
-        attempts_max=routing.attempts_max,
+        attempts_max=_CHAIN_MAX,  # [routing] attempts_max counts those a request waits for in vain; see Failover
         stale_s=config.pricing.stale_s,
         seed_compat=routing.seed_compat,
     )

@@ -32,6 +32,7 @@ COMPLETION_BYTES_MAX: Final = 16 * 1024 * 1024
 _RETRY_AFTER_MAX_S: Final = 120  # what both OpenAI SDKs are willing to wait
 _OK: Final = 200
 _TOO_MANY: Final = 429
+_QUICK_S: Final = 1.0  # a refusal that came sooner has cost the caller nothing it could notice
 CALLERS_FAULT: Final = frozenset({400, 413, 422})
 """What another provider would refuse too, unless it takes longer contexts. Not 404: the names of models are ours."""
 
@@ -126,7 +127,12 @@ class Answer:
 
 
 class Failover:
-    """Tries the providers of one request, in order, within one deadline."""
+    """Tries the providers of one request, in order, within one deadline.
+
+    What is rationed is the caller's patience. Whoever refuses at once (nobody listens, 429, 500, a web page) has used
+    none of it, so the next one is tried, however many there are: with every refusal counted, three dead providers would
+    hide a working one. Only ``slow_max`` may be waited for, and each of them gets its share of the time that is left.
+    """
 
     def __init__(
         self,
@@ -135,6 +141,7 @@ class Failover:
         clock: Clock,
         timeout_s: float,
         accepted: Callable[[Listing, UpstreamResponse | None], None],
+        slow_max: int = 1,
     ) -> None:
         """``accepted`` hears which provider has taken the prompt, and with None that it has failed after all.
 
@@ -144,20 +151,29 @@ class Failover:
         self._clock = clock
         self._deadline = clock.monotonic() + timeout_s
         self._accepted = accepted
+        self._slow_left = slow_max
         self._retry_after_s: list[float] = []
         self.trail: list[Attempt] = []
 
     async def attempt(
         self, listing: Listing, endpoint: Endpoint, call: Call, watch: Watch, *, left: int
-    ) -> Answer | UpstreamFault:
-        """One provider, which may use its share of the remaining time; its fault when it failed."""
+    ) -> Answer | UpstreamFault | NodeFault:
+        """One provider, of ``left`` that may yet be tried; its fault when it failed.
+
+        A NodeFault is what this provider cannot be asked: nothing was sent, and nothing is held against it.
+        """
+        try:
+            request = endpoint.adapter.encode(call)
+        except NodeFault as refusal:
+            watch.dropped()
+            return refusal
         begun = self._clock.monotonic()
         remaining = max(self._deadline - begun, 0.001)
         # A buffered answer is silent until it is complete: a share would cut off a slow provider, not a dead one.
-        patience = remaining / left if call.chat.stream else remaining
+        patience = remaining / max(min(left, self._slow_left), 1) if call.chat.stream else remaining
         try:
             async with asyncio.timeout(patience):
-                answer = await self._answer(listing, endpoint, call, watch)
+                answer = await self._answer(listing, endpoint, call, request, watch)
         except TimeoutError:
             fault = UpstreamFault("timeout", detail="the provider was too slow")
         except UpstreamFault as found:
@@ -169,18 +185,25 @@ class Failover:
             watch.began(self._clock.monotonic() - begun)
             return answer
         self._accepted(listing, None)
+        if fault.kind == "timeout" or self._clock.monotonic() - begun >= _QUICK_S:
+            self._slow_left -= 1
         self._note(listing, fault, watch)
         return fault
 
     @property
     def exhausted(self) -> bool:
-        """Whether there is no time for another provider."""
-        return self._clock.monotonic() >= self._deadline
+        """Whether the caller has waited long enough."""
+        return self._slow_left <= 0 or self._clock.monotonic() >= self._deadline
 
     def failure(self) -> NodeFault:
         """Everything that could be tried has failed."""
         trail = tuple(self.trail)
-        if trail and all(attempt.status == _TOO_MANY for attempt in trail):
+        if not trail:
+            # Decided on a moment ago, and avoided by now: other requests have found out meanwhile.
+            return NodeFault(
+                NodeReason.NO_PROVIDER, detail="every provider of this model has just failed", retry_after_s=1
+            )
+        if all(attempt.status == _TOO_MANY for attempt in trail):
             wait = min(self._retry_after_s, default=1.0)
             return NodeFault(
                 NodeReason.PROVIDERS_BUSY,
@@ -188,7 +211,7 @@ class Failover:
                 retry_after_s=max(1, min(-int(-wait // 1), _RETRY_AFTER_MAX_S)),
                 attempts=trail,
             )
-        if trail and all(attempt.kind == "timeout" for attempt in trail):
+        if all(attempt.kind == "timeout" for attempt in trail):
             return NodeFault(NodeReason.PROVIDER_TIMEOUT, detail="every provider was too slow", attempts=trail)
         return NodeFault(NodeReason.ALL_PROVIDERS_FAILED, detail="every provider failed", attempts=trail)
 
@@ -201,8 +224,9 @@ class Failover:
         else:
             watch.failed(fault.kind, status=fault.status, retry_after_s=fault.retry_after_s)
 
-    async def _answer(self, listing: Listing, endpoint: Endpoint, call: Call, watch: Watch) -> Answer:
-        request: UpstreamRequest = endpoint.adapter.encode(call)
+    async def _answer(
+        self, listing: Listing, endpoint: Endpoint, call: Call, request: UpstreamRequest, watch: Watch
+    ) -> Answer:
         response = await self._transport.open(request)
         try:
             if response.status != _OK:

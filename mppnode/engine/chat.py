@@ -58,9 +58,12 @@ class ChatEngine:
         streams_max: int,
         log: Log,
         counters: Mapping[tuple[str, str], Counter],
+        attempts_max: int = 3,
         probe: Probe = unwatched,
     ) -> None:
+        """``attempts_max`` is how many providers a request may wait for in vain before it has failed."""
         self.probe = probe
+        self._attempts_max = attempts_max
         self._market = market
         self._transport = transport
         self._rail = rail
@@ -165,8 +168,13 @@ class ChatEngine:
     async def _find(self, run: PaidChat, chat: ChatRequest, route: Route) -> Answer:
         """Try the providers of a route in order, until one has begun to answer."""
         failover = Failover(
-            transport=self._transport, clock=self._clock, timeout_s=chat.timeout_ms / 1000, accepted=run.accepted
+            transport=self._transport,
+            clock=self._clock,
+            timeout_s=chat.timeout_ms / 1000,
+            accepted=run.accepted,
+            slow_max=self._attempts_max,
         )
+        refused: NodeFault | None = None
         waiting = list(route.chain)
         while waiting and not failover.exhausted:
             listing = waiting.pop(0)
@@ -191,9 +199,12 @@ class ChatEngine:
                 )
                 self._market.served(route, listing)
                 return outcome
-            if outcome.status in CALLERS_FAULT:
+            if isinstance(outcome, NodeFault):
+                refused = refused or outcome
+            elif outcome.status in CALLERS_FAULT:
                 waiting = [other for other in waiting if other.context > listing.context]
-        raise failover.failure()
+        # The caller's request is at fault only when nobody could even be asked.
+        raise failover.failure() if refused is None or failover.trail else refused
 
     # ------------------------------------------------------------------------------------------------------- bills
 

@@ -13,7 +13,9 @@ from typing import Final
 import orjson
 
 from channels.faults import ChannelFault, Reason
+from channels.units import Pico
 from channels.wire.problems import PROBLEMS
+from mppnode.http.disclosure import cents
 from mppnode.kernel.faults import NodeFault, NodeReason
 
 STATUS: Final[Mapping[Reason | NodeReason, int]] = MappingProxyType(
@@ -102,6 +104,11 @@ def openai_error(fault: ChannelFault | NodeFault) -> dict[str, object]:
         error["attempts"] = [
             {"provider": attempt.provider, "kind": attempt.kind, "status": attempt.status} for attempt in fault.attempts
         ]
+    if isinstance(fault, NodeFault) and fault.excluded:
+        error["excluded_by"] = dict(fault.excluded)
+    if isinstance(fault, NodeFault) and fault.lowest is not None:
+        paid_in, paid_out = (cents(Pico(rate)) for rate in fault.lowest)
+        error["lowest_price"] = {"input_cents_per_million": paid_in, "output_cents_per_million": paid_out}
     return error
 
 
