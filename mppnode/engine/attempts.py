@@ -114,7 +114,7 @@ class Opening:
             self.verdict.set_result(fault)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Answer:
     """A provider that works: a stream with its first output, or a whole answer."""
 
@@ -122,6 +122,7 @@ class Answer:
     response: UpstreamResponse
     decoder: ChunkDecoder | None
     early: Sequence[Chunk]
+    """What came with the first output; whoever takes it empties it, or it would stay as long as the stream."""
     completion: Completion | None
     watch: Watch
 
@@ -235,6 +236,8 @@ class Failover:
             if call.chat.stream:
                 return await self._first_output(listing, endpoint, response, watch)
             completion = endpoint.adapter.decode(await response.read(COMPLETION_BYTES_MAX))
+            if _says_nothing(completion):
+                raise UpstreamFault("error", detail="it answered nothing")
             return Answer(listing, response, None, (), completion, watch)
         except BaseException:
             response.cancel()
@@ -250,6 +253,12 @@ class Failover:
         if fault is not None:
             raise fault
         return Answer(listing, response, decoder, opening.chunks, None, watch)
+
+
+def _says_nothing(completion: Completion) -> bool:
+    """Whether an answer has neither output nor a reason for having none: nobody pays for that, here or in a stream."""
+    choices = completion.document.get("choices") or ()
+    return not completion.text and not any(choice.get("finish_reason") for choice in choices)
 
 
 def retry_after(response: UpstreamResponse) -> float | None:
