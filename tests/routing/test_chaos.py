@@ -167,9 +167,9 @@ async def test_p63_nobody_notices_a_failure_that_another_could_serve(tmp_path: P
         by = Counter(each.provider for each in served)
         print(dict(by), shop.asked())
         assert not set(by) & {"dead", "mute", "busy", "page"}
-        assert by["good"] + by["well"] and by["liar"] and by["drip"] and by["breaks"], "every kind was tried"
+        assert {"liar", "drip", "breaks"} < set(by), "every kind that begins has served"
+        assert by["good"] + by["well"]
         charged = Counter(line["channel"] for line in shop.logged("request.ended"))
         assert set(charged.values()) == {1}, "nobody was billed twice"
         assert len(charged) == STREAMS
-        providers = shop.asked()
-        assert providers["mute"] and providers["busy"] and providers["page"]
+        assert all(shop.asked()[name] for name in ("mute", "busy", "page")), "and every other has been asked in vain"

@@ -224,6 +224,8 @@ class Provider:
         self.exchanges: list[Exchange] = []
         self.hung_up: list[bytes] = []
         """First bytes of connections that ended before they were a request."""
+        self.greeted = 0
+        """Connections that began with something else than a request: TLS, where nobody speaks it."""
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
 
@@ -262,8 +264,7 @@ class Provider:
                 self.hung_up.append(bytes(seen))
                 return
             seen += data
-            if not seen.startswith(b"P"):
-                continue  # a TLS greeting: say nothing and wait for the end
+            self.greeted += not seen.startswith(b"P")  # say nothing and wait for the end
         head, _, body = bytes(seen).partition(b"\r\n\r\n")
         lines = head.decode().split("\r\n")[1:]
         headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
