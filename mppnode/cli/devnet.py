@@ -60,6 +60,15 @@ MODELS: Final = (
     "dev/injects",
     "dev/injects-cr",
     "dev/finish-only",
+    "dev/rate-limited",
+    "dev/stalls-first",
+    "dev/stalls-mid",
+    "dev/garbage-200",
+    "dev/lies-high",
+    "dev/lies-low",
+    "dev/drip",
+    "dev/empty",
+    "dev/closes-early",
 )
 
 

@@ -21,14 +21,19 @@ _MODELS = ("dev/story", "dev/echo")
 class Gate:
     """Lets a test decide how many tokens have been sent, instead of a clock."""
 
-    def __init__(self) -> None:
+    def __init__(self, lent: int = 0) -> None:
+        """``lent`` tokens pass before anything is released, on account of the first release: a node answers its
+        caller only when the provider has begun to speak.
+        """
         self._changed = asyncio.Condition()
-        self.released = 0
+        self._lent = lent
+        self.released = lent
 
     async def release(self, tokens: int) -> None:
         """Allow that many more tokens."""
         async with self._changed:
-            self.released += tokens
+            self.released += tokens - self._lent
+            self._lent = 0
             self._changed.notify_all()
 
     async def passed(self, token: int) -> None:

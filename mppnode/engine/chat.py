@@ -111,14 +111,24 @@ class ChatEngine:
         if self._running >= self._streams_max:
             raise NodeFault(NodeReason.OVERLOADED, detail="too many live requests", retry_after_s=1)
 
-    async def start(self, presented: Presented, account: Account, chat: ChatRequest, offer: Offer) -> PaidChat:
+    def route(self, presented: Presented, chat: ChatRequest) -> Route:
+        """Decide who is to serve a request that is to be paid, before any money moves.
+
+        Raises:
+            ChannelFault: ``INVALID_CHALLENGE`` when prices have risen above what the challenge quoted.
+            NodeFault: nobody could serve it.
+        """
+        return self._market.route(chat, bound=presented.quoted, payer=presented.payload.channel_id)
+
+    async def start(
+        self, presented: Presented, account: Account, chat: ChatRequest, offer: Offer, route: Route
+    ) -> PaidChat:
         """Reserve for a request and find a provider that has begun to serve it; nothing has been charged on return.
 
         Raises:
-            ChannelFault: the reservation was refused, or prices have risen above what the challenge quoted.
-            NodeFault: nobody could serve it; the reservation is released.
+            ChannelFault: the reservation was refused.
+            NodeFault: nobody served it; the reservation is released.
         """
-        route = self._market.route(chat, bound=presented.quoted, payer=account.id)
         run = await self._admit(presented, account, chat, offer, route)
         try:
             self.probe("connect.before")

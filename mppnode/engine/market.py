@@ -18,7 +18,7 @@ from mppnode.kernel.rates import Rates
 from mppnode.kernel.requests import ChatRequest, Role
 from mppnode.kernel.strategy import Strategy
 from mppnode.metering.tally import prompt_tokens_held
-from mppnode.pricing.book import choose_unit
+from mppnode.pricing.book import usual_unit
 from mppnode.pricing.catalog import Catalog
 from mppnode.rails.base import Offer
 from mppnode.routing.affinity import affinity_key
@@ -28,9 +28,7 @@ from mppnode.routing.health import PermitWatch
 from mppnode.routing.plan import Moment, Preferences, Wish, plan
 from mppnode.routing.router import Router
 
-_USUAL_PROMPT_TOKENS: Final = 512
-_FIRST_WINDOW_TOKENS: Final = 64
-_LEAST: Final = Rates(Pico(1), Pico(1), Pico(1))  # a free model is quoted at something: an amount of zero is no quote
+_BYTES_PER_TOKEN: Final = 4  # of English prose and of code
 _ASKED_MAX: Final = 512  # characters of the models in a challenge: header space is dear
 
 
@@ -122,13 +120,8 @@ class Market:
         else:
             wish, _ = self._wish(chat, bound=None, payer=None)
             asked = _asked(chat)
-        rates = bound_of(self.router.eligible(wish, Moment.of(self.clock)))
-        unit = choose_unit(
-            rates if any(rates.axes) else _LEAST,
-            usual_prompt_tokens=_USUAL_PROMPT_TOKENS,
-            first_window_tokens=_FIRST_WINDOW_TOKENS,
-        )
-        return Offer(route, asked, rates, unit)
+        rates = bound_of(self._able(wish))
+        return Offer(route, asked, rates, usual_unit(rates))
 
     def route(self, chat: ChatRequest, *, bound: Rates | None, payer: bytes | None) -> Route:
         """Decide who serves a request, within what its challenge has quoted.
@@ -139,7 +132,7 @@ class Market:
         """
         wish, decision = self._wish(chat, bound=bound, payer=payer)
         now = Moment.of(self.clock)
-        able = self.router.eligible(wish, now)
+        able = self._able(wish)
         if bound is not None:
             able = tuple(listing for listing in able if listing.rates.within(bound))
         try:
@@ -181,6 +174,16 @@ class Market:
         """Remember who answered a conversation."""
         self.router.served(route.wish, listing, Moment.of(self.clock))
 
+    def _able(self, wish: Wish) -> tuple[Listing, ...]:
+        try:
+            return self.router.eligible(wish, Moment.of(self.clock))
+        except NodeFault as fault:
+            if fault.excluded is None or set(fault.excluded) != {"context_length"}:
+                raise
+            # It will be too long tomorrow too: not the provider's refusal, which clients retry, but the caller's.
+            detail = "is longer, with max_tokens, than the context of every provider of this model"
+            raise NodeFault(NodeReason.INVALID_FIELD, field="messages", detail=detail) from None
+
     def _wish(
         self, chat: ChatRequest, *, bound: Rates | None, payer: bytes | None
     ) -> tuple[Wish, Mapping[str, Any] | None]:
@@ -189,7 +192,10 @@ class Market:
             chat.wishes if chosen is None else replace(chat.wishes, models=chosen.models),
             self.defaults,
             needs=chat.needs,
-            prompt_tokens=prompt_tokens_held(chat.prompt_bytes, images=chat.images, audio_bytes=chat.audio_bytes),
+            # The likely length, not the longest possible: who finds it too long after all is asked before anybody pays.
+            prompt_tokens=chat.prompt_bytes // _BYTES_PER_TOKEN + prompt_tokens_held(
+                0, images=chat.images, audio_bytes=chat.audio_bytes
+            ),
             max_tokens=chat.max_tokens,
             affinity=affinity_key(payer or b"", cache_key=chat.wishes.cache_key, opening=_opening(chat)),
             bound=bound,

@@ -33,6 +33,26 @@ T = TypeVar("T")
 class PaidChat:
     """One request, from its reservation to its receipt."""
 
+    # Thousands of streams may wait for their payers at once, and these members would cost a kilobyte in a dict.
+    __slots__ = (
+        "__weakref__",
+        "_engine",
+        "_settled",
+        "_stream",
+        "_superseded",
+        "_waiting",
+        "answer",
+        "attempts",
+        "chat",
+        "cost",
+        "releasing",
+        "route",
+        "stall_ms",
+        "tab",
+        "tally",
+        "upstream",
+    )
+
     def __init__(self, engine: ChatEngine, tab: SessionTab, chat: ChatRequest, route: Route) -> None:
         self.tab = tab
         self.chat = chat
@@ -163,6 +183,7 @@ class PaidChat:
             early=answer.early,
             probe=self._engine.probe,
         )
+        answer.early = ()
         if self._superseded:
             self._stream.supersede()
         task = self._engine.owner.start(self._deliver(self._stream, sink, answer, tally), name="stream")

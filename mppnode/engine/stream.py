@@ -237,9 +237,9 @@ class PaidStream:
                 tally.take(chunk, tokens)
                 self._written_pico = total
             pending.popleft()
-            frame = self._reported(chunk) if chunk.reported else chunk.frame
-            if chunk.finished and self._hold_finish:
-                frame = self._hold_back(frame, chunk.tokens)
+            frame = chunk.frame
+            if chunk.reported or chunk.finished or chunk.usage is not None:
+                frame = self._special(chunk)
             if frame:
                 ready.append(frame)
         if self.first_chunk is None and (ready or self.finish):
@@ -273,11 +273,15 @@ class PaidStream:
         self._written_bytes += len(data)
         self._unsent.append((self._written_bytes, self._written_pico, self._tally.tokens))
 
-    def _reported(self, chunk: Chunk) -> bytes:
-        """Take the provider's report out of an event: the node writes one itself, with its price, once it is final."""
+    def _special(self, chunk: Chunk) -> bytes:
+        """What is sent for a chunk that reports usage or ends a choice."""
         if chunk.usage is not None:
             self._tally.report = chunk.usage
-        return frames.without_usage(chunk.frame) if chunk.tokens or chunk.finished else b""
+        frame = chunk.frame
+        if chunk.reported:
+            # The node writes the usage itself, with its price, once it is final.
+            frame = frames.without_usage(frame) if chunk.tokens or chunk.finished else b""
+        return self._hold_back(frame, chunk.tokens) if chunk.finished and self._hold_finish else frame
 
     def _hold_back(self, frame: bytes, tokens: int) -> bytes:
         """Keep the last finish until the usage that will ride on it is known; give what can be sent already."""

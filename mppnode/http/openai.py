@@ -100,8 +100,10 @@ class ChatSurface:
         presented, chat, offer = self._read(call)
         if chat is None:
             return _managed(await self._rail.manage(presented))
+        # Before the money: a payer whose quote is out of date keeps the channel they were about to open.
+        route = self._engine.route(presented, chat)
         call.opened = opened = await self._rail.admit(presented)
-        run = await self._engine.start(presented, opened.account, chat, offer)
+        run = await self._engine.start(presented, opened.account, chat, offer, route)
         if chat.stream:
             call.presented = call.opened = call.offer = None  # from here on no answer shows them
             return run

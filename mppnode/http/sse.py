@@ -39,6 +39,7 @@ class EventStream:
             response.force_close()
         await response.prepare(self._request)
         await response.write(b": stream\n\n")
+        response.headers.clear()  # they are sent: kept, they would be kilobytes of every stream that waits for money
         # A cast, not isinstance: uvloop's transports have the methods of asyncio.WriteTransport, not its ancestry.
         self._transport = cast("asyncio.WriteTransport | None", self._request.transport)
         if self._transport is not None:

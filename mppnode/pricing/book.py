@@ -16,6 +16,9 @@ from mppnode.kernel.usage import Usage
 __all__ = ["Model", "PriceBook", "QuotedUnit", "Rates", "choose_unit", "describe", "parse_rate", "price"]
 
 _NEAR_MAX: Final = 3
+_USUAL_PROMPT_TOKENS: Final = 512
+_FIRST_WINDOW_TOKENS: Final = 64
+_LEAST: Final = Rates(Pico(1), Pico(1), Pico(1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,13 @@ def choose_unit(rates: Rates, *, usual_prompt_tokens: int, first_window_tokens: 
         unit_type="token" if tokens == 1 else f"{tokens}-tokens",
         amount=units_ceil(tokens * each),
     )
+
+
+def usual_unit(rates: Rates) -> QuotedUnit:
+    """The unit every challenge of this node quotes at ``rates``; a free model is quoted at one base unit."""
+    # An amount of zero is no quote, and what is charged is exact whatever was quoted.
+    paid = rates if rates.output or rates.input else _LEAST
+    return choose_unit(paid, usual_prompt_tokens=_USUAL_PROMPT_TOKENS, first_window_tokens=_FIRST_WINDOW_TOKENS)
 
 
 def describe(rates: Rates) -> str:

@@ -78,7 +78,7 @@ class AnthropicDecoder(EventDecoder):
         if usage is None:
             self.implausible_reports += bool(self._usage)
         else:
-            chunks.append(Chunk(self._head.frame([], usage), usage=usage))
+            chunks.append(Chunk(self._head.frame([], usage), usage=usage, reported=True))
         super()._finish(chunks)
 
     def _say(self, chunks: list[Chunk], delta: dict[str, Any], text: str) -> None:

@@ -58,7 +58,7 @@ class Chunk:
     done: bool = False
     """Whether this is the provider's end marker."""
     reported: bool = False
-    """Whether the event says anything about usage, plausible or not: the node writes its own report instead."""
+    """Whether ``frame`` says anything about usage, plausible or not: the node writes its own report instead."""
     text: str = ""
     """The generated output of the event joined: answer, reasoning, refusal, tool names and arguments; for counting."""
 

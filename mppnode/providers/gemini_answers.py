@@ -62,7 +62,7 @@ class GeminiDecoder(EventDecoder):
 
     def _finish(self, chunks: list[Chunk]) -> None:
         if self._usage is not None and self._head is not None:
-            chunks.append(Chunk(self._head.frame([], self._usage), usage=self._usage))
+            chunks.append(Chunk(self._head.frame([], self._usage), usage=self._usage, reported=True))
         super()._finish(chunks)
 
     def _read(self, event: dict[str, Any], payload: bytes, block: bytes | None, chunks: list[Chunk]) -> None:

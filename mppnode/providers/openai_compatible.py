@@ -152,7 +152,9 @@ class OpenAIDecoder(EventDecoder):
             # JSON allows line ends between its tokens, an event line does not.
             line = orjson.dumps(event) if b"\n" in payload else payload
             frame = b"data: " + line + b"\n\n"
-        chunks.append(Chunk(frame, tokens, usage, finished, text=text))
+        # Groq and llama.cpp repeat what they report under names of their own.
+        reported = event.get("usage") is not None or (finished and ("x_groq" in event or "timings" in event))
+        chunks.append(Chunk(frame, tokens, usage, finished, reported=reported, text=text))
 
 
 def _output(choices: Any) -> tuple[int, bool, str]:

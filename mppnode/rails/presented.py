@@ -24,7 +24,8 @@ from channels.wire.credential import (
 )
 from channels.wire.request import SessionRequest
 from mppnode.kernel.rates import Rates
-from mppnode.rails.base import Offer, quoted_rates
+from mppnode.pricing.book import usual_unit
+from mppnode.rails.base import WHOLE_REQUEST, Offer, quoted_rates
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,7 @@ def read_presented(
     if not mac.verify(challenge):
         raise ChannelFault(Reason.INVALID_CHALLENGE, field="id", detail="does not belong to this challenge")
     asked = _pinned(challenge, seller)
-    quoted = None if offer is None else _quoted(challenge, offer)
+    quoted = None if offer is None else _quoted(challenge, asked, offer)
     expires = parse_rfc3339(challenge.expires)
     payload = None
     if offer is None:
@@ -101,12 +102,17 @@ def _pinned(challenge: Challenge, seller: Seller) -> SessionRequest:
     return asked
 
 
-def _quoted(challenge: Challenge, offer: Offer) -> Rates:
+def _quoted(challenge: Challenge, asked: SessionRequest, offer: Offer) -> Rates:
     """The rates this challenge promised for what is asked now."""
     scope = decode_opaque(challenge.opaque)
-    if (scope.get("route"), scope.get("model")) == (offer.route, offer.asked):
-        try:
-            return quoted_rates(scope)
-        except (ValueError, TypeError):
-            pass  # issued before an update of the node
-    raise ChannelFault(Reason.INVALID_CHALLENGE, field="opaque", detail="is for another route or model")
+    try:
+        rates = quoted_rates(scope)
+    except (ValueError, TypeError):
+        rates = None  # issued before an update of the node
+    if rates is None or (scope.get("route"), scope.get("model")) != (offer.route, offer.asked):
+        raise ChannelFault(Reason.INVALID_CHALLENGE, field="opaque", detail="is for another route or model")
+    unit = usual_unit(rates)
+    the_rest = asked.unit_type == WHOLE_REQUEST and asked.amount > unit.amount
+    if not the_rest and (asked.amount != unit.amount or asked.unit_type != unit.unit_type):
+        raise ChannelFault(Reason.INVALID_CHALLENGE, field="amount", detail="is not what its rates come to")
+    return rates

@@ -20,7 +20,8 @@ from channels.units import Pico
 from channels.wire import request as requests
 from mppnode.cli.devnet import DevnetOptions
 from mppnode.http.sse import EventStream
-from mppnode.pricing.book import PriceBook, Rates
+from mppnode.kernel.rates import Rates
+from mppnode.pricing.catalog import Catalog
 from tests.http.test_stream_traps import COVERED, LONG, owed, quiet
 from tests.support.builders import decide, opened, reserve
 from tests.support.http_client import PATH, UNIT, Channel, World, chat, cost, new_world
@@ -37,12 +38,20 @@ PROMPT_PICO = cost(0, len(PROMPT) // 6)
 
 
 async def hang_up(world: World, channel: Channel, body: dict[str, Any], *, after: int | None) -> None:
-    """Ask, read ``after`` tokens (None: leave before the provider has answered), and hang up."""
+    """Ask, read ``after`` tokens (0: the provider has the prompt; None: it has not), and hang up."""
     assert world.net.node._engine is not None
     credential = await world.pay(world.payer.voucher(channel, 20 * UNIT), body)
     if after is None:
         asking = asyncio.ensure_future(world.send(body, credential))
         await world.eventually(lambda: world.net.node._engine._running == 1)  # type: ignore[union-attr]
+        asking.cancel()
+        await asyncio.wait({asking})
+        return
+    if after == 0:
+        world.gate(lent=0)
+        asking = asyncio.ensure_future(world.send(body, credential))
+        enders = world.net.node._engine._live._enders
+        await world.eventually(lambda: any(end.__self__.upstream is not None for end in enders.values()))
         asking.cancel()
         await asyncio.wait({asking})
         return
@@ -75,7 +84,7 @@ async def test_p26_leaving_before_the_provider_answers_costs_nothing(world: Worl
     async def never(*_: object) -> Any:
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(engine, "_connect", never)
+    monkeypatch.setattr(engine, "_find", never)
     channel = await world.opened(cumulative=20 * UNIT)
     await hang_up(world, channel, chat("dev/story", PROMPT, max_tokens=500), after=None)
     assert await owed(world, channel) == 0
@@ -88,7 +97,7 @@ async def test_p26_leaving_in_the_moment_of_acceptance_leaves_no_provider_runnin
     """P26, P28: the provider's answer and the payer's hang-up in one turn of the loop: cancelled, and the prompt paid."""
     engine = world.net.node._engine
     assert engine is not None
-    start, connect, handlers = engine.start, engine._connect, []
+    start, connect, handlers = engine.start, engine._find, []
 
     async def started(*args: Any) -> Any:
         handlers.append(asyncio.current_task())
@@ -100,7 +109,7 @@ async def test_p26_leaving_in_the_moment_of_acceptance_leaves_no_provider_runnin
         return response
 
     monkeypatch.setattr(engine, "start", started)
-    monkeypatch.setattr(engine, "_connect", connected)
+    monkeypatch.setattr(engine, "_find", connected)
     world.gate()
     channel, body = await world.opened(cumulative=20 * UNIT), chat("dev/story", PROMPT, max_tokens=500)
     credential = await world.pay(world.payer.voucher(channel, 20 * UNIT), body)
@@ -117,7 +126,7 @@ async def test_p26_a_request_superseded_in_the_moment_of_acceptance_costs_nothin
     """P26: the provider's answer and the end of the request by the node in one turn: refused, cancelled, not charged."""
     engine = world.net.node._engine
     assert engine is not None
-    connect = engine._connect
+    connect = engine._find
 
     async def connected(*args: Any) -> Any:
         response = await connect(*args)
@@ -129,7 +138,7 @@ async def test_p26_a_request_superseded_in_the_moment_of_acceptance_costs_nothin
         return response
 
     endings: list[Any] = []
-    monkeypatch.setattr(engine, "_connect", connected)
+    monkeypatch.setattr(engine, "_find", connected)
     world.gate()
     channel, body = await world.opened(cumulative=20 * UNIT), chat("dev/story", PROMPT, max_tokens=500)
     reply = await world.buy(body, world.payer.voucher(channel, 20 * UNIT))
@@ -334,9 +343,10 @@ def reprice(world: World, factor: int) -> None:
     assert engine is not None
 
     def dearer(rates: Rates) -> Rates:
-        return Rates(Pico(rates.input * factor), Pico(rates.cached_input * factor), Pico(rates.output * factor))
+        return Rates(*(Pico(rate * factor) for rate in rates.axes))
 
-    engine._book = PriceBook(replace(model, rates=dearer(model.rates)) for model in engine._book)
+    shelf = world.net.node.sales.shelf
+    shelf.current = Catalog((replace(each, rates=dearer(each.rates)) for each in shelf.current), stale_s=10**9)
 
 
 async def test_p31_a_challenge_of_the_old_price_buys_nothing_at_the_new_one(world: World) -> None:

@@ -36,7 +36,7 @@ async def test_no_more_than_max_tokens_is_delivered_or_charged() -> None:
         documents = [json.loads(chunk) for chunk in chunks]
         words = [c for d in documents for c in d["choices"] if c["delta"].get("content")]
         assert len(words) == 20
-        assert documents[-2]["choices"][0]["finish_reason"] == "length"
+        assert documents[-1]["choices"][0]["finish_reason"] == "length"
         assert documents[-1]["usage"]["completion_tokens"] == 20
         assert net.node.books is not None
         (account,) = await net.node.books.accounts()

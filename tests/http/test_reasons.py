@@ -242,10 +242,11 @@ async def black_hole(world: World) -> tuple[asyncio.Server, Callable[[], None], 
 
     server = await asyncio.start_server(nothing, "127.0.0.1", 0)
     engine: Any = world.net.node._engine
-    real = engine._upstreams["dev"]
+    endpoints = engine.market.endpoints
+    real = endpoints["dev"]
     port = server.sockets[0].getsockname()[1]
-    engine._upstreams["dev"] = replace(engine._upstreams["dev"], base_url=f"http://127.0.0.1:{port}/v1")
-    return server, functools.partial(engine._upstreams.__setitem__, "dev", real), reached
+    endpoints["dev"] = replace(real, base_url=f"http://127.0.0.1:{port}/v1")
+    return server, functools.partial(endpoints.__setitem__, "dev", real), reached
 
 
 @reaches(NodeReason.NOT_FOUND)
@@ -306,6 +307,11 @@ async def _slow_provider(world: World) -> Reply:
     reply = await world.buy(chat(timeout_ms=30), world.payer.voucher(channel, 2 * UNIT))
     silent.close()
     return reply
+
+
+@reaches(NodeReason.PROVIDERS_BUSY)
+async def _busy_provider(world: World) -> Reply:
+    return await world.buy(chat("dev/rate-limited"), world.payer.voucher(await world.opened(), 2 * UNIT))
 
 
 @reaches(NodeReason.ALL_PROVIDERS_FAILED)

@@ -167,8 +167,8 @@ async def test_t56_no_voucher_ends_the_stream_with_a_receipt(escrow: Escrow) -> 
         async with world.stream(body, await world.pay(world.payer.open(channel), body)) as stream:
             await stream.rest()
         assert stream.text_chunks == COVERED
-        assert stream.chunks[-2]["choices"][0]["finish_reason"] == "length"
-        assert stream.chunks[-2]["mppnode"] == {"ended": "unpaid"}
+        assert stream.chunks[-1]["choices"][0]["finish_reason"] == "length"
+        assert stream.chunks[-1]["mppnode"] == {"ended": "unpaid"}
         assert stream.usage["completion_tokens"] == COVERED
         assert stream.final.spent == cost(COVERED, 1) // 1_000_000
         assert stream.events[-1].data == "[DONE]"
@@ -199,7 +199,7 @@ async def test_t57_a_second_stream_ends_the_first_with_its_receipt(world: World)
         async with world.stream(short, await world.pay(world.payer.voucher(channel, 2 * UNIT), short)) as second:
             await second.rest()
         await first.rest()
-    assert first.chunks[-2]["mppnode"] == {"ended": "superseded"}
+    assert first.chunks[-1]["mppnode"] == {"ended": "superseded"}
     assert first.text_chunks == second.text_chunks == 5
     assert second.receipt.spent >= first.final.spent == 50
     assert await owed(world, channel) == cost(5, 1) + cost(5, 2)
@@ -364,7 +364,7 @@ async def test_a_report_that_cannot_be_true_is_not_believed(world: World) -> Non
     assert await owed(world, channel) == charged + cost(usage["completion_tokens"], usage["prompt_tokens"])
 
 
-@pytest.mark.parametrize(("model", "tokens"), [("dev/dies-after-3", 3), ("dev/garbage", 0), ("dev/error-in-200", 0)])
+@pytest.mark.parametrize(("model", "tokens"), [("dev/dies-after-3", 3), ("dev/stalls-mid", 3)])
 async def test_t60_a_provider_that_fails_mid_stream_costs_what_it_delivered(
     world: World, model: str, tokens: int
 ) -> None:

@@ -199,14 +199,15 @@ async def test_d9_who_is_cut_off_by_a_stop_pays_for_what_arrived() -> None:
     """D9, P26: streams that outlast the drain are billed what left, and a prompt nobody answered is the node's loss."""
     options = DevnetOptions(tokens_per_second=1.0, limits=LimitsConfig(drain_s=1))
     async with new_world(options) as world:
-        mute, body = chat("dev/slow", max_tokens=9), chat("dev/burst", max_tokens=400)
+        mute, body = chat("dev/stalls-first", max_tokens=9), chat("dev/burst", max_tokens=400)
         channels = [await world.opened() for _ in range(2)]
-        async with (
-            world.stream(mute, await world.pay(world.payer.voucher(channels[0], UNIT), mute)),
-            world.stream(body, await world.pay(world.payer.voucher(channels[1], UNIT), body)) as speaking,
-        ):
+        credential = await world.pay(world.payer.voucher(channels[0], UNIT), mute)
+        waiting = asyncio.ensure_future(world.send(mute, credential))
+        async with world.stream(body, await world.pay(world.payer.voucher(channels[1], UNIT), body)) as speaking:
             await speaking.tokens(COVERED)
+            await world.eventually(lambda: world.net.provider.live == 2)
             await world.net.node.stop()
+        await asyncio.gather(waiting, return_exceptions=True)
         world.net.node = world.net.new_node()
         await world.net.node.start()
         accounts = [await world.account(channel) for channel in channels]
@@ -361,7 +362,7 @@ async def test_d10_failures_of_the_provider_release_everything(world: World) -> 
     for model, stream, tokens in FAILURES * 3:
         body = chat(model, stream=stream, max_tokens=10)
         reply = await world.buy(body, world.payer.voucher(channel, 20 * UNIT))
-        assert reply.status in (200, 502)
+        assert reply.status in (200, 502, 503), "503 when it is avoided already"
         assert reply.body.count(b'"delta":{"content":"') == tokens
         due += (cost(tokens, 2) if model == "dev/story" else cost(tokens, 1)) if tokens else 0
         assert await owed(world, channel) == due
@@ -376,10 +377,11 @@ async def test_d10_a_provider_that_is_not_there_costs_nothing(world: World, stre
     channel = await world.opened()
     engine = world.net.node._engine
     assert engine is not None
-    real = engine._upstreams
-    engine._upstreams = {name: replace(each, base_url="http://127.0.0.1:1/v1") for name, each in real.items()}
+    endpoints = engine.market.endpoints
+    real = dict(endpoints)
+    endpoints |= {name: replace(each, base_url="http://127.0.0.1:1/v1") for name, each in real.items()}
     reply = await world.buy(chat(stream=stream, max_tokens=10), world.payer.voucher(channel, UNIT))
     assert (reply.status, reply.code) == (502, "all_providers_failed")
     assert await owed(world, channel) == 0
-    engine._upstreams = real
+    endpoints |= real
     assert (await world.buy(chat(), world.payer.voucher(channel, UNIT))).status == 200
