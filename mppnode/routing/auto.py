@@ -20,6 +20,7 @@ from mppnode.routing.decision import Exclusion
 FALLBACKS_MAX: Final = 3  # with the chosen one: as many models as a caller waits for
 _FULL: Final = 1000  # scores are per mille
 _MIDDLE: Final = 50  # of the scale of quality, for a pool in which no model's quality is known
+_SLOWEST_MS: Final = 3_600_000  # what takes longer than an hour is not told apart
 _SCALE: Final = _FULL // 100  # quality is 0 to 100
 
 
@@ -272,7 +273,7 @@ def _milliseconds(each: Candidate, answer: int) -> int:
     """Until a usual answer is complete, at least one; 0 if that was not measured."""
     if each.first_s is None or each.tokens_per_s is None or each.tokens_per_s <= 0:
         return 0
-    return max(1, round(1000 * (each.first_s + answer / each.tokens_per_s)))
+    return max(1, round(min(_SLOWEST_MS, 1000 * (each.first_s + answer / each.tokens_per_s))))
 
 
 def _fit(reading: Reading, answer: int) -> Callable[[Candidate, int], int]:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.resources import files
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 
@@ -30,6 +31,7 @@ _SYSTEM: Final = 300  # a system prompt says in its first sentences what the ass
 _STRUCTURE: Final = 8192  # looked at for code, lists and marks; what is longer is not short in any other way
 _BYTES_PER_TOKEN: Final = 4  # of English; for other scripts this counts too many rather than too few
 _DENSITY: Final = 3  # a character of an unspaced script says as much as so many Latin letters
+_PAIRED: Final = 12  # "show that" and "how many" say more than their words; later on a pair is chance
 _WORDS_MAX: Final = 240  # of a window; text without spaces is cut into pairs, one for each character
 _CERTAIN: Final = 1000
 _FRACTION: Final = 64  # weights are 64ths of a bit of evidence
@@ -211,6 +213,8 @@ def features(text: str, words: Sequence[str], system: str = "") -> list[str]:
         found.add(f"^#{cues[0]}")
     if stems:
         found.add(f"^{stems[0]}")
+    opening = stems[:_PAIRED]
+    found.update(f"{one}_{two}" for one, two in pairwise(opening))
     if system:
         told = {_CUES.get(stem, "") for stem in _stems(words_of(system[:_SYSTEM]))}
         found.update(f"#{cue}" for cue in told - SMALL_TALK if cue)
@@ -293,7 +297,8 @@ def _power(behind: int) -> int:
 
 # ------------------------------------------------------------------------------------------------------- complexity
 
-_ITEM: Final = re.compile(r"^\s*(?:[-*•]|\d{1,2}[.)])\s", re.MULTILINE)
+# Bounded, and no newlines in the indent: a page of empty lines must not be read once for each of them.
+_ITEM: Final = re.compile(r"^[ \t]{0,8}(?:[-*•]|\d{1,2}[.)])[ \t]", re.MULTILINE)
 _COMMA: Final = re.compile(r"[,，、;；]")
 _SENTENCE: Final = re.compile(r"[.!?。！？](?:\s|$)|[。！？]")
 
