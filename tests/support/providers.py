@@ -303,6 +303,9 @@ class Sold:
     kind: ProviderKind = ProviderKind.NATIVE
     preset: str | None = None
     tls: bool = False
+    url: str = ""
+    """Where it is when it is not one of ours."""
+    cached_input: int | None = None
     listed: bool = False
     """Whether it sells at the catalog file's prices and not at these."""
     more: Mapping[str, Any] = field(default_factory=dict)
@@ -317,7 +320,7 @@ class Market(Devnet):
     pricing = PricingConfig()
 
     async def _start(self) -> None:
-        self.providers = {each.name: Provider(each.script) for each in self.sold}
+        self.providers = {each.name: Provider(each.script) for each in self.sold if not each.url}
         for provider in self.providers.values():
             await provider.start()
             self._exit.push_async_callback(provider.stop)
@@ -340,8 +343,15 @@ class Market(Devnet):
         ]
         models = [
             ModelConfig(
-                MODEL, each.name, "theirs", Pico(each.input), Pico(each.input), Pico(each.output), each.context,
-                100_000, **each.more,
+                MODEL,
+                each.name,
+                "theirs",
+                Pico(each.input),
+                Pico(each.input if each.cached_input is None else each.cached_input),
+                Pico(each.output),
+                each.context,
+                100_000,
+                **each.more,
             )
             for each in self.sold
             if not each.listed
@@ -355,7 +365,7 @@ class Market(Devnet):
         )
 
     def _url(self, each: Sold) -> str:
-        url = self.providers[each.name].url
+        url = each.url or self.providers[each.name].url
         return url.replace("http:", "https:") if each.tls else url
 
 
