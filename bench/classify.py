@@ -4,9 +4,9 @@
 
 Measured on the labelled prompts in tests/fixtures/prompts: accuracy on the held-out ones (those whose CRC-32 is
 divisible by four), which training never sees, on those in "unseen", which were written when the words and weights were
-settled and are no measure any more once somebody has tuned by them, and microseconds per prompt, alone and together
-with the choice among 200 models. ``--train`` rewrites mppnode/routing/weights.json from the others; ``--folds``
-cross-validates on them, which is the figure to tune by. Pure Python and no chance: the same prompts give the same weights.
+settled and are no measure any more once somebody has tuned by them, and microseconds per prompt, alone and with the
+choice among 200 models. ``--train`` rewrites mppnode/routing/weights.json from the others; ``--folds`` cross-validates
+on them, which is the figure to tune by. Pure Python and no chance: the same prompts give the same weights.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ class Prompt(NamedTuple):
 
 def load_from(folder: Path) -> list[Prompt]:
     """Every labelled prompt of a folder."""
-    rows = [json.loads(line) for path in sorted(folder.glob("*.jsonl")) for line in path.open(encoding="utf-8")]
+    texts = [path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.jsonl"))]
+    rows = [json.loads(line) for text in texts for line in text.splitlines()]
     return [Prompt(row["text"], Task(row["task"]), Complexity(row["complexity"]), row["language"]) for row in rows]
 
 
