@@ -309,7 +309,8 @@ async def _reconcile(tower: Watchtower, _: Config, options: argparse.Namespace) 
 
 async def _restore(tower: Watchtower, config: Config, options: argparse.Namespace) -> int:
     others = await tower.ledger.living() - {tower.life.id}
-    if others:
+    # A file is ours alone by its lock, and names the processes that used it when the backup was made.
+    if others and not isinstance(config.node.ledger, Path):
         # They would go on from accounts they have in memory, over what is restored here.
         raise _Refused(f"{len(others)} processes use this ledger: stop them first")
     spool: Path | None = options.spool or config.node.spool

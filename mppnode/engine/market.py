@@ -17,7 +17,7 @@ from mppnode.kernel.listing import Listing
 from mppnode.kernel.rates import Rates
 from mppnode.kernel.requests import ChatRequest, Role
 from mppnode.kernel.strategy import Strategy
-from mppnode.metering.tally import prompt_tokens_held
+from mppnode.metering.tally import media_tokens_held
 from mppnode.pricing.book import usual_unit
 from mppnode.pricing.catalog import Catalog
 from mppnode.rails.base import Offer
@@ -193,9 +193,7 @@ class Market:
             self.defaults,
             needs=chat.needs,
             # The likely length, not the longest possible: who finds it too long after all is asked before anybody pays.
-            prompt_tokens=chat.prompt_bytes // _BYTES_PER_TOKEN + prompt_tokens_held(
-                0, images=chat.images, audio_bytes=chat.audio_bytes
-            ),
+            prompt_tokens=chat.prompt_bytes // _BYTES_PER_TOKEN + media_tokens_held(chat.images, chat.audio_bytes),
             max_tokens=chat.max_tokens,
             affinity=affinity_key(payer or b"", cache_key=chat.wishes.cache_key, opening=_opening(chat)),
             bound=bound,

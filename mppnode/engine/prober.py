@@ -43,9 +43,7 @@ class Prober:
     async def run(self) -> None:
         """Probe everybody who is due, once."""
         due = self._market.router.health.due_probes(self._clock.monotonic())
-        async with asyncio.TaskGroup() as group:
-            for provider, model in due:
-                group.create_task(self._probe(provider, model))
+        await asyncio.gather(*(self._probe(provider, model) for provider, model in due))
 
     async def _probe(self, provider: str, model: str) -> None:
         listing = self._listing(provider, model)

@@ -43,8 +43,12 @@ def prompt_tokens_charged(prompt_bytes: int) -> int:
 
 def prompt_tokens_held(prompt_bytes: int, *, images: int = 0, audio_bytes: int = 0) -> int:
     """The prompt as it is reserved: an over-estimate, so that the final report fits inside the hold."""
-    text = -(-prompt_bytes // PROMPT_BYTES_PER_TOKEN_HELD) + 8
-    return text + images * TOKENS_PER_IMAGE_HELD + -(-audio_bytes // AUDIO_BYTES_PER_TOKEN_HELD)
+    return -(-prompt_bytes // PROMPT_BYTES_PER_TOKEN_HELD) + 8 + media_tokens_held(images, audio_bytes)
+
+
+def media_tokens_held(images: int, audio_bytes: int) -> int:
+    """The pictures and sounds of a prompt as they are reserved."""
+    return images * TOKENS_PER_IMAGE_HELD + -(-audio_bytes // AUDIO_BYTES_PER_TOKEN_HELD)
 
 
 class Tally:
@@ -85,7 +89,7 @@ class Tally:
         self._rates = rates
         self._prompt_bytes = prompt_bytes
         self._images = images
-        self._media_tokens = prompt_tokens_held(0, images=images, audio_bytes=audio_bytes)
+        self._media_tokens = media_tokens_held(images, audio_bytes)
         self._output_rate = min(rates.output, rates.reasoning)
         self._base = price(Usage(prompt=prompt_tokens_charged(prompt_bytes), images=images), rates)
         self._ratio = ratio

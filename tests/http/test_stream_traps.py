@@ -364,7 +364,7 @@ async def test_a_report_that_cannot_be_true_is_not_believed(world: World) -> Non
     assert await owed(world, channel) == charged + cost(usage["completion_tokens"], usage["prompt_tokens"])
 
 
-@pytest.mark.parametrize(("model", "tokens"), [("dev/dies-after-3", 3), ("dev/stalls-mid", 3)])
+@pytest.mark.parametrize(("model", "tokens"), [("dev/dies-after-3", 3), ("dev/closes-early", 3)])
 async def test_t60_a_provider_that_fails_mid_stream_costs_what_it_delivered(
     world: World, model: str, tokens: int
 ) -> None:

@@ -205,7 +205,7 @@ async def test_d9_who_is_cut_off_by_a_stop_pays_for_what_arrived() -> None:
         waiting = asyncio.ensure_future(world.send(mute, credential))
         async with world.stream(body, await world.pay(world.payer.voucher(channels[1], UNIT), body)) as speaking:
             await speaking.tokens(COVERED)
-            await world.eventually(lambda: world.net.provider.live == 2)
+            await world.eventually(lambda: world.net.provider.requests == 2)
             await world.net.node.stop()
         await asyncio.gather(waiting, return_exceptions=True)
         world.net.node = world.net.new_node()

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mppnode.kernel.faults import NodeFault, NodeReason
-from mppnode.kernel.requests import ChatLimits, PriceCeiling, Role, Strategy, parse_chat
+from mppnode.kernel.requests import ChatLimits, Role, parse_chat
+from mppnode.kernel.strategy import PriceCeiling, Strategy
 
 LIMITS = ChatLimits()
 HELLO = [{"role": "user", "content": "Hello"}]
@@ -38,8 +39,8 @@ def test_the_smallest_request_gets_the_documented_defaults():
     """A model and a message are enough: it streams, 4096 tokens, 30 s, and nothing is assumed about routing."""
     chat = parse()
     assert (chat.stream, chat.max_tokens, chat.choices, chat.timeout_ms) == (True, 4096, 1, 30_000)
-    assert (chat.strategy, chat.allow_external, chat.ceiling) == (None, None, None)
-    assert (chat.temperature, chat.top_p, chat.stop, chat.include_usage) == (None, None, (), False)
+    assert (chat.wishes.strategy, chat.wishes.allow_external, chat.wishes.ceiling) == (None, None, None)
+    assert (chat.temperature, chat.top_p, chat.stop, chat.include_usage) == (None, None, (), None)
     assert [(m.role, m.text) for m in chat.messages] == [(Role.USER, "Hello")]
 
 
@@ -64,15 +65,15 @@ def test_everything_documented_is_read():
     assert (chat.stream, chat.max_tokens, chat.completion_tokens_max) == (False, 7, 14)
     assert (chat.temperature, chat.top_p, chat.stop) == (2.0, 0.5, ("a", "b"))
     assert (chat.frequency_penalty, chat.presence_penalty, chat.timeout_ms) == (-2.0, 2.0, 1)
-    assert (chat.strategy, chat.allow_external) == (Strategy.CHEAPEST, True)
-    assert (chat.ceiling, chat.include_usage) == (PriceCeiling(0, 50), True)
+    assert (chat.wishes.strategy, chat.wishes.allow_external) == (Strategy.CHEAPEST, True)
+    assert (chat.wishes.ceiling, chat.include_usage) == (PriceCeiling(0, 50), True)
 
 
 def test_null_is_absent():
     """The stock clients write null for what their caller left out."""
     names = ("stream", "max_tokens", "temperature", "stop", "timeout_ms", "routing_strategy", "allow_external", "n")
     assert parse(**dict.fromkeys(names)).max_tokens == 4096
-    assert parse(max_input_price_per_million=None, max_output_price_per_million=None).ceiling is None
+    assert parse(max_input_price_per_million=None, max_output_price_per_million=None).wishes.ceiling is None
 
 
 # ---------------------------------------------------------------------------------------------------------- parameters
