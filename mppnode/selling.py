@@ -9,9 +9,11 @@ from typing import Final
 from mppnode.config.schema import Config, ProviderConfig
 from mppnode.engine.attempts import Endpoint
 from mppnode.engine.chat import Counter
+from mppnode.engine.chooser import AutoChooser
 from mppnode.engine.market import Market
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.listing import Listing
+from mppnode.kernel.wishes import Optimize
 from mppnode.metering.tokenizer import TokenizerFile
 from mppnode.observe.logs import Level, Log
 from mppnode.pricing.catalog import Catalog, Shelf
@@ -76,12 +78,22 @@ def build_sales(config: Config, *, clock: Clock, entropy: Callable[[int], bytes]
     router = Router(
         listings, health=Health(below=below, alarm=refused), below=below, policy=policy
     )
+    defaults = (Defaults(routing.strategy, routing.allow_external, routing.ceiling),)
+    chooser = AutoChooser(
+        lambda: shelf.current,
+        health=router.health,
+        clock=clock,
+        defaults=defaults,
+        pool=routing.model_pool,
+        optimize=Optimize(routing.optimize),
+    )
     market = Market(
         router=router,
         endpoints={provider.name: _endpoint(provider, clock) for provider in config.providers},
         catalog=lambda: shelf.current,
         clock=clock,
-        defaults=(Defaults(routing.strategy, routing.allow_external, routing.ceiling),),
+        defaults=defaults,
+        chooser=chooser,
     )
     counters = {
         (model.provider, model.id): TokenizerFile(model.tokenizer)

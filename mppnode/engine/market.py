@@ -63,8 +63,8 @@ class Chosen:
 class Chooser(Protocol):
     """Chooses models by what a prompt asks for."""
 
-    def choose(self, chat: ChatRequest) -> Chosen | None:
-        """The models to try, or None when the caller has named one.
+    def choose(self, chat: ChatRequest, bound: Rates | None) -> Chosen | None:
+        """The models to try, at most as dear as ``bound``, or None when the caller has named one.
 
         Raises:
             NodeFault: ``INVALID_FIELD``, ``UNKNOWN_MODEL`` or ``NO_PROVIDER``.
@@ -187,7 +187,7 @@ class Market:
     def _wish(
         self, chat: ChatRequest, *, bound: Rates | None, payer: bytes | None
     ) -> tuple[Wish, Mapping[str, Any] | None]:
-        chosen = None if self.chooser is None else self.chooser.choose(chat)
+        chosen = None if self.chooser is None else self.chooser.choose(chat, bound)
         wish = plan(
             chat.wishes if chosen is None else replace(chat.wishes, models=chosen.models),
             self.defaults,
