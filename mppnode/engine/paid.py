@@ -254,6 +254,8 @@ class PaidChat:
         settling.result()
         document = completion.document
         document["usage"] = frames.usage_json(tally.usage(), self.cost)
+        if self.route.decision is not None:
+            document["routing"] = dict(self.route.decision)
         return orjson.dumps(document), self.receipt(final=True)
 
     async def _charge(self, answer: Answer, tally: Tally) -> None:
