@@ -107,10 +107,11 @@ def usual_unit(rates: Rates) -> QuotedUnit:
 
 
 def describe(rates: Rates) -> str:
-    """The exact rates as one ASCII sentence, for the description of a challenge."""
+    """The quoted rates as one ASCII sentence, for the description of a challenge."""
     return (
-        f"USD per million tokens: input {_dollars(rates.input)}, cached input {_dollars(rates.cached_input)}, "
-        f"output {_dollars(rates.output)}; charged exactly, price version {rates.version}."
+        f"At most, in USD per million tokens: input {_dollars(rates.input)}, cached input "
+        f"{_dollars(rates.cached_input)}, output {_dollars(rates.output)}; charged exactly, at the rates of who serves, "
+        f"price version {rates.version}."
     )
 
 

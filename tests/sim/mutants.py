@@ -37,6 +37,7 @@ MUTANTS: dict[str, tuple[Change, ...]] = {
             "if fault.reason is Reason.CHAIN_REJECTED and first:",
             "if fault.reason in (Reason.CHAIN_REJECTED, Reason.CHAIN_OUTCOME_UNKNOWN):",
         ),
+        ("closer", "if not await self._ledger.intents(active=True, channel=channel):", "if True:"),
     ),
     "believes the newest block about channels": (("watcher", "self._chain.finalised()", "self._chain.head()"),),
     "signs again while the first may live": (

@@ -139,7 +139,7 @@ async def test_first_requests_in_parallel(payer: ReferenceClient) -> None:
 async def test_buffered_answer_beside_a_stream(payer: ReferenceClient) -> None:
     """A buffered request on the channel of a running stream is answered, and the stream goes on to its end."""
     async with Devnet(DevnetOptions()) as net:
-        net.provider.gate = Gate()
+        net.provider.gate = Gate(lent=1)
         await payer.make(net, "mppx")
         stream = payer.start("fetch", name="payer", url=net.chat_url, body=chat(50))
         await stream.until("headers")
@@ -157,7 +157,7 @@ async def test_buffered_answer_beside_a_stream(payer: ReferenceClient) -> None:
 async def test_newer_stream_ends_the_older(payer: ReferenceClient) -> None:
     """T-57: a channel carries one stream; the older one ends with its receipt, and both are charged for their words."""
     async with Devnet(DevnetOptions()) as net:
-        net.provider.gate = Gate()
+        net.provider.gate = Gate(lent=1)
         await payer.make(net, "mppx")
         older = payer.start("fetch", name="payer", url=net.chat_url, body=chat(50))
         await older.until("headers")

@@ -125,7 +125,7 @@ def test_the_description_states_the_exact_rates(rate_in, rate_cached, rate_out):
 def test_the_description_is_written_as_prices_are():
     """At least two places, and no zeros beyond them."""
     assert describe(rates(500_000, 50_001, 15_000_000)).startswith(
-        "USD per million tokens: input 0.50, cached input 0.050001, output 15.00; "
+        "At most, in USD per million tokens: input 0.50, cached input 0.050001, output 15.00; "
     )
 
 
