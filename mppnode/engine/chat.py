@@ -184,7 +184,7 @@ class ChatEngine:
             accepted=run.accepted,
             slow_max=self._attempts_max,
         )
-        refused: NodeFault | None = None
+        refused: list[NodeFault] = []
         waiting = list(route.chain)
         while waiting and not failover.exhausted:
             listing = waiting.pop(0)
@@ -210,11 +210,11 @@ class ChatEngine:
                 self._market.served(route, listing)
                 return outcome
             if isinstance(outcome, NodeFault):
-                refused = refused or outcome
+                refused.append(outcome)
             elif outcome.status in CALLERS_FAULT:
                 waiting = [other for other in waiting if other.context > listing.context]
-        # The caller's request is at fault only when nobody could even be asked.
-        raise failover.failure() if refused is None or failover.trail else refused
+        # The caller's request is at fault only when nobody could be asked, now or once they work again.
+        raise refused[0] if refused and len(refused) == route.able else failover.failure()
 
     # ------------------------------------------------------------------------------------------------------- bills
 

@@ -80,6 +80,8 @@ class Route:
     chain: tuple[Listing, ...]
     bound: Rates
     """No provider that may be tried is dearer than this on any axis."""
+    able: int
+    """How many could serve it, whether or not they work just now."""
     max_output: int
     """Tokens of one choice, at whoever allows the most of them."""
     strategy: Strategy
@@ -148,6 +150,7 @@ class Market:
             wish=wish,
             chain=decided.chain,
             bound=bound_of(able),
+            able=len(able),
             max_output=max(listing.max_output for listing in able),
             strategy=decided.strategy,
             rule=decided.rule,

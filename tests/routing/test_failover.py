@@ -23,6 +23,7 @@ from tests.support.providers import (
     answers,
     empty,
     error_in_200,
+    finishes_in_error,
     garbage,
     hangs_up,
     new_shop,
@@ -70,6 +71,7 @@ BAD: Sequence[tuple[str, Script | None, str, int | None]] = (
     ("web page", garbage, "closed", None),
     ("error in 200", error_in_200, "error", None),
     ("empty", empty, "error", None),
+    ("finish error", finishes_in_error, "error", None),
 )
 
 
@@ -242,6 +244,16 @@ async def test_r10_what_nobody_can_be_asked_is_a_400() -> None:
         broken = await buy(shop, ask())
         assert broken.status == 502, "and nothing was held against them: both are tried"
         assert len(broken.json["error"]["attempts"]) == 2
+
+
+async def test_r10_who_could_be_asked_later_makes_it_a_503() -> None:
+    """A field that only a provider which is down could take is not the caller's mistake: it may be asked again."""
+    async with new_shop(Sold("anthropic", preset="anthropic"), Sold("openai", answers(500))) as shop:
+        for _ in range(5):
+            assert (await buy(shop, ask("openai", logit_bias={"50256": -100}))).status == 502
+        reply = await buy(shop, ask(logit_bias={"50256": -100}))
+        assert (reply.status, reply.code, reply.headers["Retry-After"]) == (503, "no_provider", "1")
+        assert shop.asked() == {"anthropic": 0, "openai": 5}
 
 
 async def test_p53_a_provider_sees_nothing_of_the_caller_but_the_request() -> None:

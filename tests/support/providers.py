@@ -192,6 +192,19 @@ async def empty(exchange: Exchange) -> None:
         exchange.send(json.dumps({"choices": [{"index": 0, "message": message, "finish_reason": None}]}))
 
 
+async def finishes_in_error(exchange: Exchange) -> None:
+    """Ends its answer with the finish reason "error" and nothing else."""
+    choice: dict[str, Any] = {"index": 0, "finish_reason": "error"}
+    if exchange.streamed:
+        exchange.head()
+        exchange.event(choices=[choice | {"delta": {}}])
+        exchange.event(choices=[], usage=usage(exchange.prompt, 0))
+        exchange.send("data: [DONE]\n\n")
+    else:
+        exchange.head(kind="application/json")
+        exchange.send(json.dumps({"choices": [choice | {"message": {"role": "assistant", "content": ""}}]}))
+
+
 async def hangs_up(_: Exchange) -> None:
     """Closes without a byte."""
 
