@@ -37,7 +37,7 @@ from mppnode.rails.presented import Seller
 from mppnode.rails.session import SessionRail, SessionTerms
 from mppnode.rails.tab import TabPolicy
 from mppnode.registry import SURFACES
-from mppnode.selling import Sales, build_sales
+from mppnode.selling import Sales, build_sales, public_hosts
 
 _HEADER_BYTES_MAX = 24 * 1024  # a 16 KiB credential (reliability: section 2.9) and its scheme, with room
 _KEEP_ALIVE_S = 75.0
@@ -173,7 +173,9 @@ class Node:
 
     def _build_engine(self, rail: SessionRail, live: LiveChannels) -> ChatEngine:
         config, limits = self._config, self._config.limits
-        transport = Transport(TransportLimits(first_byte_s=limits.first_token_s, idle_s=limits.idle_s))
+        transport = Transport(
+            TransportLimits(first_byte_s=limits.first_token_s, idle_s=limits.idle_s), public=public_hosts(config)
+        )
         self._exit.push_async_callback(transport.close)
         sales = build_sales(config, clock=self._world.clock, entropy=self._world.entropy, log=self._log)
         self.sales = sales
@@ -188,7 +190,9 @@ class Node:
             live=live,
             owner=self._owner,
             clock=self._world.clock,
-            limits=StreamLimits(voucher_wait_s=config.session.voucher_wait_s, stall_s=limits.stall_s),
+            limits=StreamLimits(
+                voucher_wait_s=config.session.voucher_wait_s, stall_s=limits.stall_s, total_s=limits.total_s
+            ),
             streams_max=limits.streams_max,
             attempts_max=config.routing.attempts_max,
             log=self._log,

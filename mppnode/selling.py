@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Final
+from urllib.parse import urlsplit
 
 from mppnode.config.schema import Config, ProviderConfig
 from mppnode.engine.attempts import Endpoint
@@ -12,7 +13,7 @@ from mppnode.engine.chat import Counter
 from mppnode.engine.chooser import AutoChooser
 from mppnode.engine.market import Market
 from mppnode.kernel.clock import Clock
-from mppnode.kernel.listing import Listing
+from mppnode.kernel.listing import Listing, ProviderKind
 from mppnode.kernel.wishes import Optimize
 from mppnode.metering.tokenizer import TokenizerFile
 from mppnode.observe.logs import Level, Log
@@ -101,6 +102,20 @@ def build_sales(config: Config, *, clock: Clock, entropy: Callable[[int], bytes]
         if model.tokenizer is not None
     }
     return Sales(market, shelf, counters)
+
+
+def public_hosts(config: Config) -> frozenset[str]:
+    """The hosts of providers on the open internet, which must not turn out to be in a private network.
+
+    Own machines may have any address, and an address that is written down has been judged with the configuration.
+    """
+    hosts = set()
+    for provider in config.providers:
+        host = urlsplit(provider.base_url).hostname or ""
+        named = host != "localhost" and not host.replace(".", "").isdigit() and ":" not in host
+        if provider.kind is not ProviderKind.NATIVE and not provider.insecure and named:
+            hosts.add(host)
+    return frozenset(hosts)
 
 
 def _endpoint(provider: ProviderConfig, clock: Clock) -> Endpoint:

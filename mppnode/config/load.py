@@ -226,6 +226,7 @@ def _limits(section: Section) -> LimitsConfig:
         streams_max=section.whole("streams_max", 1, 100_000, base.streams_max),
         first_token_s=section.whole("first_token_s", 1, 600, base.first_token_s),
         idle_s=section.whole("idle_s", 1, 600, base.idle_s),
+        total_s=section.whole("total_s", 10, 86_400, base.total_s),
         stall_s=section.whole("stall_s", 1, 600, base.stall_s),
         drain_s=section.whole("drain_s", 0, 600, base.drain_s),
     )

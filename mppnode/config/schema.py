@@ -90,6 +90,7 @@ class LimitsConfig:
     streams_max: int = 2_000
     first_token_s: int = 60
     idle_s: int = 30
+    total_s: int = 3_600
     stall_s: int = 15
     drain_s: int = 30
 

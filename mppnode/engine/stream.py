@@ -54,6 +54,8 @@ class StreamLimits:
     """For the payer's next voucher (session draft: about 60 s)."""
     stall_s: float = 15.0
     """For a client that does not read."""
+    total_s: float = 3_600.0
+    """For a whole stream: a provider that drips for ever holds a connection, a channel and a place for ever."""
     heartbeat_s: float = 15.0
     """Between comment lines while nothing else is sent, so that idle proxies and dead peers show."""
 
@@ -72,6 +74,7 @@ class PaidStream:
         "_hold_finish",
         "_limits",
         "_loop",
+        "_over_at",
         "_paused",
         "_pending",
         "_probe",
@@ -134,6 +137,7 @@ class PaidStream:
         self._drained_tokens = 0
         self._seen_pico = 0
         self._silent_since = 0.0
+        self._over_at = 0.0
         self._loop = asyncio.get_running_loop()
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
@@ -151,6 +155,7 @@ class PaidStream:
     async def run(self) -> Ending:
         """Stream until an ending, with the upstream released; the caller then finishes the tab."""
         self._silent_since = self._loop.time()
+        self._over_at = self._silent_since + self._limits.total_s
         self._tab.on_change = self._pump
         self._tab.delivered = self._delivered
         self._upstream.attach(self)
@@ -353,7 +358,7 @@ class PaidStream:
     def _schedule(self) -> None:
         """Keep one timer, at the earliest moment something may be due; it reschedules itself lazily."""
         limits = self._limits
-        due = self._silent_since + limits.heartbeat_s
+        due = min(self._silent_since + limits.heartbeat_s, self._over_at)
         if self._starved_since is not None:
             due = min(due, self._starved_since + limits.voucher_wait_s)
         if self._stalled_since is not None:
@@ -372,6 +377,8 @@ class PaidStream:
             return
         if self._sink.gone():
             self._end(Ending.DISCONNECTED)
+        elif now >= self._over_at:
+            self._fail(UpstreamFault("timeout", detail="the stream took longer than any may"))
         elif self._stalled_since is not None and now - self._stalled_since >= limits.stall_s:
             self._end(Ending.STALLED)
         elif self._starved_since is not None and now - self._starved_since >= limits.voucher_wait_s:

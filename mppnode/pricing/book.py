@@ -110,8 +110,8 @@ def describe(rates: Rates) -> str:
     """The quoted rates as one ASCII sentence, for the description of a challenge."""
     return (
         f"At most, in USD per million tokens: input {_dollars(rates.input)}, cached input "
-        f"{_dollars(rates.cached_input)}, output {_dollars(rates.output)}; charged exactly, at the rates of who serves, "
-        f"price version {rates.version}."
+        f"{_dollars(rates.cached_input)}, output {_dollars(rates.output)}; charged exactly, at the rates of who "
+        f"serves, price version {rates.version}."
     )
 
 

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
+from mppnode.providers.addresses import public_address
 from mppnode.providers.base import Sink, UpstreamFault, UpstreamRequest
 
 _INFORMATIONAL_MAX: Final = 8
@@ -485,7 +486,15 @@ class _Pool:
 class Transport:
     """Sends requests to providers over kept connections. One per node, closed with :meth:`close`."""
 
-    def __init__(self, limits: TransportLimits | None = None, *, tls: ssl.SSLContext | None = None) -> None:
+    def __init__(
+        self,
+        limits: TransportLimits | None = None,
+        *,
+        tls: ssl.SSLContext | None = None,
+        public: frozenset[str] = frozenset(),
+    ) -> None:
+        """``public`` are the hosts that must not lead into a private network, whatever their names resolve to."""
+        self._public = public
         self._limits = limits or TransportLimits()
         self._tls = tls
         self._pools: dict[Origin, _Pool] = {}
@@ -536,9 +545,10 @@ class Transport:
             async with asyncio.timeout(self._limits.connect_s):
                 _, connection = await loop.create_connection(
                     lambda: _Connection(pool, self._limits),
-                    origin.host,
+                    await public_address(origin.host, origin.port) if origin.host in self._public else origin.host,
                     origin.port,
                     ssl=self._tls if origin.secure else None,
+                    server_hostname=origin.host if origin.secure else None,
                 )
         except TimeoutError as error:
             raise UpstreamFault("connect", detail="the provider did not accept a connection in time") from error
