@@ -414,7 +414,12 @@ async def new_shop(
     net.pricing = pricing or PricingConfig(catalog=catalog)
     async with net, aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
         shop = Shop(net, http, clock, log)  # type: ignore[arg-type]  # a payer only asks for the time
-        yield shop
+        try:
+            yield shop
+        except BaseException as error:
+            for bug in log.bugs:  # a 500 says nothing by itself
+                error.add_note(str(bug))
+            raise
         await shop.settled()
         assert log.bugs == []
         assert net.fatal is None
