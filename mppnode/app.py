@@ -22,7 +22,7 @@ from mppnode.config.schema import Config
 from mppnode.engine.chat import ChatEngine
 from mppnode.engine.prober import Prober
 from mppnode.engine.stream import StreamLimits
-from mppnode.http.middleware import fault_boundary
+from mppnode.http.middleware import fault_boundary, stamp
 from mppnode.kernel.requests import ChatLimits
 from mppnode.kernel.tasks import TaskOwner
 from mppnode.ledger.base import Ledger
@@ -201,7 +201,9 @@ class Node:
 
     async def _listen(self, engine: ChatEngine, rail: SessionRail, books: Books) -> None:
         config = self._config
-        app = web.Application(middlewares=[fault_boundary(self._log)], client_max_size=config.limits.body_bytes_max)
+        boundary = fault_boundary(self._log, self._world.entropy)
+        app = web.Application(middlewares=[boundary], client_max_size=config.limits.body_bytes_max)
+        app.on_response_prepare.append(stamp)
         chat_limits = ChatLimits(body_bytes=config.limits.body_bytes_max)
         for surface in SURFACES:
             app.add_routes(surface(engine=engine, rail=rail, books=books, limits=chat_limits).routes())

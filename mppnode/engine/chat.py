@@ -10,6 +10,7 @@ from channels.faults import ChannelFault
 from channels.model import Account
 from channels.units import Pico
 from mppnode.engine.attempts import CALLERS_FAULT, Answer, Failover
+from mppnode.engine.lookup import look_up
 from mppnode.engine.market import Market, Quote, Route
 from mppnode.engine.paid import PaidChat
 from mppnode.engine.stream import Ending, StreamLimits
@@ -24,7 +25,7 @@ from mppnode.kernel.usage import Usage
 from mppnode.metering.calibration import Calibration
 from mppnode.metering.tally import Tally, TokenSource, prompt_tokens_charged, prompt_tokens_held
 from mppnode.observe.logs import Level, Log
-from mppnode.providers.base import Call, PriceCap, Transport
+from mppnode.providers.base import Call, Lookup, PriceCap, Transport
 from mppnode.rails.base import Offer
 from mppnode.rails.live import LiveChannels
 from mppnode.rails.presented import Presented
@@ -121,7 +122,14 @@ class ChatEngine:
         return self._market.route(chat, bound=presented.quoted, payer=presented.payload.channel_id)
 
     async def start(
-        self, presented: Presented, account: Account, chat: ChatRequest, offer: Offer, route: Route
+        self,
+        presented: Presented,
+        account: Account,
+        chat: ChatRequest,
+        offer: Offer,
+        route: Route,
+        *,
+        request_id: str,
     ) -> PaidChat:
         """Reserve for a request and find a provider that has begun to serve it; nothing has been charged on return.
 
@@ -129,7 +137,7 @@ class ChatEngine:
             ChannelFault: the reservation was refused.
             NodeFault: nobody served it; the reservation is released.
         """
-        run = await self._admit(presented, account, chat, offer, route)
+        run = await self._admit(presented, account, chat, offer, route, request_id=request_id)
         try:
             self.probe("connect.before")
             await run.connect(self._find(run, chat, route))
@@ -141,7 +149,14 @@ class ChatEngine:
         return run
 
     async def _admit(
-        self, presented: Presented, account: Account, chat: ChatRequest, offer: Offer, route: Route
+        self,
+        presented: Presented,
+        account: Account,
+        chat: ChatRequest,
+        offer: Offer,
+        route: Route,
+        *,
+        request_id: str,
     ) -> PaidChat:
         """Reserve for a request; a client that leaves meanwhile leaves no reservation behind.
 
@@ -154,7 +169,7 @@ class ChatEngine:
                 tab = await self._rail.open_tab(presented, account, need, offer.unit.amount)
             except ChannelFault as fault:  # an answer, not a failed task
                 return fault
-            run = PaidChat(self, tab, chat, route)
+            run = PaidChat(self, tab, chat, route, request_id)
             self._running += 1
             self._live.on_supersede(tab, run.supersede)
             return run
@@ -258,6 +273,17 @@ class ChatEngine:
                 listing.provider, listing.upstream_model, text_bytes=tally.text_bytes, tokens=report.completion
             )
 
+    def look_up(self, answer: Answer, tally: Tally) -> None:
+        """Ask the provider, later and in the background, what a stream took that ended without its report."""
+        generation = answer.response.headers.get("x-generation-id")
+        endpoint = self._market.endpoints[answer.listing.provider]
+        if generation is None or not isinstance(endpoint.adapter, Lookup):
+            return
+        looking = look_up(
+            generation, answer.listing, endpoint, transport=self._transport, counted=tally.tokens, log=self._log
+        )
+        self._owner.spawn(looking, name="look up generation")
+
     async def ended(self, run: PaidChat, total: Pico, ending: Ending) -> None:
         """Settle a request's bill and forget it."""
         try:
@@ -268,6 +294,7 @@ class ChatEngine:
             account, tally, answer = run.tab.account, run.tally, run.answer
             self._log(
                 "request.ended",
+                request=run.request_id,
                 channel="0x" + account.id.hex(),
                 ending=ending.value,
                 model=None if answer is None else answer.listing.model,

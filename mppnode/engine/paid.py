@@ -46,6 +46,7 @@ class PaidChat:
         "chat",
         "cost",
         "releasing",
+        "request_id",
         "route",
         "stall_ms",
         "tab",
@@ -53,7 +54,10 @@ class PaidChat:
         "upstream",
     )
 
-    def __init__(self, engine: ChatEngine, tab: SessionTab, chat: ChatRequest, route: Route) -> None:
+    def __init__(
+        self, engine: ChatEngine, tab: SessionTab, chat: ChatRequest, route: Route, request_id: str
+    ) -> None:
+        self.request_id = request_id
         self.tab = tab
         self.chat = chat
         self.route = route
@@ -213,6 +217,8 @@ class PaidChat:
         await self.settle(Pico(min(total, self.tab.cap_pico)), ending)
         if ending is Ending.COMPLETE:
             self._engine.learn(answer.listing, tally)
+        if tally.report is None:
+            self._engine.look_up(answer, tally)
         if not sink.gone():
             self._engine.probe("receipt.before")
             sink.write(b"".join(self._last_frames(stream, ending, tally)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from typing import Final
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -23,11 +24,21 @@ _BAD_REQUEST = 400
 _INTERNAL = 500
 
 
-def fault_boundary(log: Log) -> Middleware:
-    """Build the middleware."""
+REQUEST_ID: Final = web.RequestKey("request_id", str)
+_ID_BYTES: Final = 12
+
+
+async def stamp(request: web.Request, response: web.StreamResponse) -> None:
+    """Put the id of a request on its answer, whatever the answer is."""
+    response.headers["X-Request-Id"] = request.get(REQUEST_ID, "")
+
+
+def fault_boundary(log: Log, entropy: Callable[[int], bytes]) -> Middleware:
+    """Build the middleware; ``entropy`` makes the ids of requests, which are never the caller's."""
 
     @web.middleware
     async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse:
+        request[REQUEST_ID] = f"req_{entropy(_ID_BYTES).hex()}"
         try:
             return await handler(request)
         except web.HTTPException as error:
@@ -41,7 +52,8 @@ def fault_boundary(log: Log) -> Middleware:
             body = problem_body(fault, challenge_id=None)
             return _response(request, STATUS[fault.reason], body, retry_headers(fault))
         except Exception as error:  # noqa: BLE001 - the boundary: a bug of ours, shown to nobody, logged in full
-            log("request.bug", level=Level.ERROR, path=request.path, error=type(error).__name__, where=_where(error))
+            where = _where(error)
+            log("request.bug", level=Level.ERROR, request=request[REQUEST_ID], error=type(error).__name__, where=where)
             return _render(request, NodeFault(NodeReason.INTERNAL, detail="the node made a mistake"))
 
     return boundary

@@ -23,6 +23,7 @@ from channels.wire.receipt import SessionReceipt
 from mppnode.engine.chat import ChatEngine
 from mppnode.engine.paid import PaidChat
 from mppnode.http import disclosure
+from mppnode.http.middleware import REQUEST_ID
 from mppnode.http.problem import STATUS, error_body, problem_body, retry_headers
 from mppnode.http.sse import EventStream, small_send_buffer
 from mppnode.kernel.faults import NodeFault, NodeReason
@@ -103,7 +104,7 @@ class ChatSurface:
         # Before the money: a payer whose quote is out of date keeps the channel they were about to open.
         route = self._engine.route(presented, chat)
         call.opened = opened = await self._rail.admit(presented)
-        run = await self._engine.start(presented, opened.account, chat, offer, route)
+        run = await self._engine.start(presented, opened.account, chat, offer, route, request_id=call.request_id)
         if chat.stream:
             call.presented = call.opened = call.offer = None  # from here on no answer shows them
             return run
@@ -203,7 +204,7 @@ class ChatSurface:
 class _Call:
     """What is known of one request so far; refusals show as much of it as they may."""
 
-    __slots__ = ("body", "credentials", "offer", "opened", "peer", "presented", "request")
+    __slots__ = ("body", "credentials", "offer", "opened", "peer", "presented", "request", "request_id")
 
     def __init__(self, request: web.Request, body: bytes) -> None:
         self.request = request
@@ -212,6 +213,7 @@ class _Call:
         headers = request.headers
         self.credentials = headers.getall("Authorization", []) + headers.getall("Payment-Authorization", [])
         self.peer = request.remote or ""
+        self.request_id = request[REQUEST_ID]
         self.offer: Offer | None = None
         self.presented: Presented | None = None
         self.opened: Opened | None = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from mppnode.kernel.requests import ChatRequest
 from mppnode.kernel.usage import Usage
@@ -223,6 +223,7 @@ class Adapter(Protocol):
         ...
 
 
+@runtime_checkable
 class Lookup(Protocol):
     """A provider that can be asked afterwards what a request took: for streams that died before their report."""
 

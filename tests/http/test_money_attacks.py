@@ -99,9 +99,9 @@ async def test_p26_leaving_in_the_moment_of_acceptance_leaves_no_provider_runnin
     assert engine is not None
     start, connect, handlers = engine.start, engine._find, []
 
-    async def started(*args: Any) -> Any:
+    async def started(*args: Any, **more: Any) -> Any:
         handlers.append(asyncio.current_task())
-        return await start(*args)
+        return await start(*args, **more)
 
     async def connected(*args: Any) -> Any:
         response = await connect(*args)
