@@ -70,10 +70,17 @@ class Catalog:
         """Every provider's listing of a model, stale ones too: why one is not used is for the router to say.
 
         Raises:
-            NodeFault: ``UNKNOWN_MODEL`` with up to three near names; they are ours, so they may be shown.
+            NodeFault: ``UNKNOWN_MODEL`` with up to three near names, which are ours, so they may be shown;
+                ``NO_PROVIDER`` for one that is configured and has no price.
         """
         found = self._by_model.get(model)
         if found is None:
+            waiting = sum(name == model for _, name in self.unpriced)
+            if waiting:
+                detail = "has no price yet"  # it is ours, and may be sold as soon as somebody has written its price
+                raise NodeFault(
+                    NodeReason.NO_PROVIDER, field="model", detail=detail, excluded={"price_unknown": waiting}
+                )
             near = self._near(model)
             hint = f"; did you mean {', '.join(near)}?" if near else ""
             raise NodeFault(NodeReason.UNKNOWN_MODEL, field="model", detail=f"is not sold here{hint}")

@@ -494,9 +494,9 @@ class World:
         """Transactions the chain has seen."""
         return len(self.net.chain._receipts)
 
-    def gate(self) -> Gate:
-        """Make the provider send tokens only when told to."""
-        self.net.provider.gate = Gate()
+    def gate(self, lent: int = 1) -> Gate:
+        """Make the provider send tokens only when told to, but for the first, without which a stream does not begin."""
+        self.net.provider.gate = Gate(lent)
         return self.net.provider.gate
 
     async def settled(self) -> None:
