@@ -254,7 +254,11 @@ class ChatEngine:
         if counter is None or tally.texts is None:
             return
         text = "".join(tally.texts)
-        tally.counted = await asyncio.to_thread(counter.count, text)
+        try:
+            tally.counted = await asyncio.to_thread(counter.count, text)
+        except Exception as error:  # noqa: BLE001 - somebody else's code: without its count there is the provider's
+            self._log("usage.uncounted", level=Level.ERROR, model=listing.model, error=type(error).__name__)
+            return
         if tally.report is not None and not tally.believes(tally.report):
             self._log(
                 "usage.disputed",

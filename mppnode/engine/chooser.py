@@ -21,6 +21,7 @@ from mppnode.routing.plan import Preferences, Wish, plan
 
 AUTO: Final = "auto"
 _MS: Final = 1000
+_POOL_MAX: Final = 200  # scored for everybody who asks, paid or not: some 3 us each; a larger catalog needs a pool
 
 
 class AutoChooser:
@@ -53,7 +54,7 @@ class AutoChooser:
         catalog = self._catalog()
         reading = classify(chat.messages, needs=chat.needs, prompt_bytes=chat.prompt_bytes, task=wishes.task)
         pool = pool_of(
-            wishes.pool, (self._pool or None,), on_sale=catalog.models(), lookup=catalog.listings
+            wishes.pool, (self._pool or None,), on_sale=catalog.models()[:_POOL_MAX], lookup=catalog.listings
         )
         wish = replace(
             plan(wishes, self._defaults, needs=chat.needs, prompt_tokens=0, max_tokens=1), bound=bound

@@ -117,7 +117,10 @@ class Market:
             NodeFault: ``UNKNOWN_MODEL``, or ``NO_PROVIDER`` when nobody could ever serve it as it is asked.
         """
         if chat is None:
-            asked = self.catalog().models()[0]
+            models = self.catalog().models()
+            if not models:
+                raise NodeFault(NodeReason.NO_PROVIDER, detail="no model has a price")
+            asked = models[0]
             wish = Wish((asked,))
         else:
             wish, _ = self._wish(chat, bound=None, payer=None)

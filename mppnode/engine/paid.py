@@ -183,6 +183,7 @@ class PaidChat:
             sink=sink,
             limits=self._engine.limits,
             tokens_max=self.chat.completion_tokens_max,
+            choices=self.chat.choices,
             hold_finish=self.chat.include_usage is None,
             early=answer.early,
             probe=self._engine.probe,

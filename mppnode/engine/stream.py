@@ -88,6 +88,7 @@ class PaidStream:
         "_timer",
         "_timer_at",
         "_tokens_max",
+        "_unfinished",
         "_unsent",
         "_upstream",
         "_upstream_ended",
@@ -109,6 +110,7 @@ class PaidStream:
         sink: Sink,
         limits: StreamLimits,
         tokens_max: int,
+        choices: int = 1,
         hold_finish: bool = False,
         early: Sequence[Chunk] = (),
         probe: Probe = unwatched,
@@ -119,6 +121,7 @@ class PaidStream:
         self._probe = probe
         self._tokens_max = tokens_max
         self._hold_finish = hold_finish
+        self._unfinished = choices
         self._upstream = upstream
         self._decoder = decoder
         self._tab = tab
@@ -282,6 +285,7 @@ class PaidStream:
         """What is sent for a chunk that reports usage or ends a choice."""
         if chunk.usage is not None:
             self._tally.report = chunk.usage
+        self._unfinished -= chunk.finished
         frame = chunk.frame
         if chunk.reported:
             # The node writes the usage itself, with its price, once it is final.
@@ -311,6 +315,8 @@ class PaidStream:
         elif self._pending and self._tab.ended is not None:
             superseded = self._tab.ended.reason is Reason.HOLD_FENCED
             self._end(Ending.SUPERSEDED if superseded else Ending.CLOSED)
+        elif self._upstream_ended and not self._pending and self._unfinished <= 0:
+            self._end(Ending.COMPLETE)  # every choice said why it stopped; only the end marker is missing
         elif self._upstream_ended and not self._pending:
             self._fail(UpstreamFault("closed", detail="the provider ended its stream without finishing it"))
         else:

@@ -1,68 +1,17 @@
-"""What a model costs: exact integer rates, and the unit a challenge quotes them in."""
+"""What a challenge quotes: a unit of output and its price, and the exact rates in words."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Final
 
 from channels.units import Pico, Units, format_decimal, units_ceil
-from mppnode.config.rates import parse_rate
-from mppnode.kernel.faults import NodeFault, NodeReason
 from mppnode.kernel.rates import Rates, price
 from mppnode.kernel.usage import Usage
 
-__all__ = ["Model", "PriceBook", "QuotedUnit", "Rates", "choose_unit", "describe", "parse_rate", "price"]
-
-_NEAR_MAX: Final = 3
 _USUAL_PROMPT_TOKENS: Final = 512
 _FIRST_WINDOW_TOKENS: Final = 64
 _LEAST: Final = Rates(Pico(1), Pico(1), Pico(1))
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """One model at one provider, and what the node charges for it. ``context`` and ``max_output`` are tokens."""
-
-    id: str
-    provider: str
-    upstream_model: str
-    rates: Rates
-    context: int
-    max_output: int
-
-
-class PriceBook:
-    """Every model the node sells. A model that is not in it cannot be priced, so it is not served."""
-
-    def __init__(self, models: Iterable[Model]) -> None:
-        self._offers: dict[str, tuple[Model, ...]] = {}
-        for model in models:
-            known = self._offers.get(model.id, ())
-            if any(offer.provider == model.provider for offer in known):
-                raise ValueError("one provider offers the same model twice")
-            self._offers[model.id] = (*known, model)
-
-    def __iter__(self) -> Iterator[Model]:
-        return (offer for offers in self._offers.values() for offer in offers)
-
-    def offers(self, model_id: str) -> tuple[Model, ...]:
-        """Every provider's offer of a model, in the order of the configuration.
-
-        Raises:
-            NodeFault: ``UNKNOWN_MODEL`` with up to three near names; they are ours, so they may be shown.
-        """
-        found = self._offers.get(model_id)
-        if found is None:
-            near = get_close_matches(model_id, self._offers, n=_NEAR_MAX)
-            hint = f"; did you mean {', '.join(near)}?" if near else ""
-            raise NodeFault(NodeReason.UNKNOWN_MODEL, field="model", detail=f"is not sold here{hint}")
-        return found
-
-    def lookup(self, model_id: str) -> Model:
-        """The first offer of a model. Raises as :meth:`offers` does."""
-        return self.offers(model_id)[0]
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import orjson
 
-from mppnode.kernel.requests import NODE_ONLY, ChatRequest
+from mppnode.kernel.requests import NODE_ONLY
 from mppnode.kernel.usage import Usage
 from mppnode.providers.base import Call, Chunk, Completion, UpstreamFault, UpstreamRequest
 from mppnode.providers.events import CHOICES_MAX, FRAME_BYTES_MAX, EventDecoder
@@ -24,9 +24,6 @@ __all__ = [
     "TOKENS_MAX",
     "OpenAICompatible",
     "OpenAIDecoder",
-    "decode_completion",
-    "encode_request",
-    "generated_bytes",
     "generated_text",
     "parse_usage",
 ]
@@ -260,34 +257,3 @@ def generated_text(choices: list[dict[str, Any]]) -> str:
 
 
 # ------------------------------------------------------------------------------------- what the engine calls directly
-
-
-def encode_request(
-    chat: ChatRequest,
-    *,
-    model: str,
-    base_url: str,
-    api_key: str | None,
-    max_tokens: int,
-    limit_field: str = "max_tokens",
-) -> UpstreamRequest:
-    """The request of an OpenAI-compatible provider without quirks; see :meth:`OpenAICompatible.encode`."""
-    quirks = Quirks(limit_field="max_completion_tokens" if limit_field == "max_completion_tokens" else "max_tokens")
-    return OpenAICompatible(quirks).encode(Call(chat, model, base_url, api_key, max_tokens))
-
-
-def decode_completion(body: bytes) -> tuple[dict[str, Any], Usage | None]:
-    """The provider's answer to a request without streaming, and its usage report if that can be true.
-
-    Raises:
-        UpstreamFault: ``protocol`` when it is not a completion, ``error`` when it reports one.
-    """
-    answer = _answer(body)
-    return answer, parse_usage(answer.get("usage"))
-
-
-def generated_bytes(choices: list[dict[str, Any]]) -> int:
-    """UTF-8 bytes of what the choices of a buffered answer say, without the JSON around them."""
-    messages = (choice.get("message") for choice in choices)
-    spoken = (message.get(name) for message in messages if type(message) is dict for name in _OUTPUT)
-    return sum(len(value.encode() if type(value) is str else orjson.dumps(value)) for value in spoken if value)

@@ -214,7 +214,8 @@ async def test_p42_a_model_without_a_price_is_not_sold(prices: PriceList) -> Non
     """P-11, P-42: a provider's model that the price list does not know is refused, and the operator is told at start."""
     prices.write(b=(50, 1000))
     async with new_shop(listed("a"), catalog=prices.path) as shop:
-        assert (await shop.send(ask())).status == 404
+        refused = await shop.send(ask())
+        assert (refused.status, refused.json["error"]["excluded_by"]) == (503, {"price_unknown": 1})
         assert [(line["provider"], line["model"]) for line in shop.logged("model.unpriced")] == [("a", MODEL)]
 
 

@@ -6,9 +6,10 @@ from hypothesis import strategies as st
 
 from channels.faults import ChannelFault
 from channels.units import PICO_PER_UNIT, Pico
-from mppnode.kernel.faults import NodeFault, NodeReason
+from mppnode.config.rates import parse_rate
+from mppnode.kernel.rates import Rates, price
 from mppnode.kernel.usage import Usage
-from mppnode.pricing.book import Model, PriceBook, Rates, choose_unit, describe, parse_rate, price
+from mppnode.pricing.book import choose_unit, describe
 
 RATE = st.integers(0, 10**9).map(Pico)
 COUNT = st.integers(0, 10**6)
@@ -16,10 +17,6 @@ COUNT = st.integers(0, 10**6)
 
 def rates(given_input=500_000, cached=50_000, output=1_500_000):
     return Rates(Pico(given_input), Pico(cached), Pico(output))
-
-
-def model(name="qwen/qwen3.5-9b", provider="vllm"):
-    return Model(name, provider, name, rates(), 32_768, 4_096)
 
 
 @pytest.mark.parametrize(
@@ -127,27 +124,3 @@ def test_the_description_is_written_as_prices_are():
     assert describe(rates(500_000, 50_001, 15_000_000)).startswith(
         "At most, in USD per million tokens: input 0.50, cached input 0.050001, output 15.00; "
     )
-
-
-def test_an_unknown_model_is_refused_with_near_names():
-    """No price, no service; the hint holds names of ours and nothing of the caller's."""
-    book = PriceBook([model(f"qwen/qwen3.5-{size}b") for size in (4, 8, 9, 32)] + [model("other/thing")])
-    with pytest.raises(NodeFault) as caught:
-        book.lookup("qwen/qwen3.5-7b<script>")
-    assert caught.value.reason is NodeReason.UNKNOWN_MODEL
-    assert caught.value.detail.count("qwen/") == 3
-    assert "script" not in str(caught.value)
-
-
-def test_offers_keep_their_order():
-    """Several providers may sell one model; the first configured is the one looked up."""
-    book = PriceBook([model(provider="a"), model(provider="b")])
-    assert [offer.provider for offer in book.offers("qwen/qwen3.5-9b")] == ["a", "b"]
-    assert book.lookup("qwen/qwen3.5-9b").provider == "a"
-    assert [offer.provider for offer in book] == ["a", "b"]
-
-
-def test_one_provider_offers_a_model_once():
-    """Two prices from one provider would make the charge depend on luck."""
-    with pytest.raises(ValueError):
-        PriceBook([model(), model()])

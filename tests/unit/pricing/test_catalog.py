@@ -82,7 +82,7 @@ def test_a_model_without_a_price_is_not_sold() -> None:
     assert catalog.unpriced == (("infra", "qwen/unknown"),)
     with pytest.raises(NodeFault) as caught:
         catalog.listings("qwen/unknown")
-    assert caught.value.reason is NodeReason.UNKNOWN_MODEL
+    assert (caught.value.reason, caught.value.excluded) == (NodeReason.NO_PROVIDER, {"price_unknown": 1})
 
 
 def test_other_providers_entries_are_not_sold() -> None:

@@ -10,7 +10,8 @@ from mppnode.cli.devprovider_server import Gate, start_devprovider
 from mppnode.kernel.usage import Usage
 from mppnode.providers.base import UpstreamFault, UpstreamRequest
 from mppnode.providers.dev import plan_for, prompt_tokens
-from mppnode.providers.openai_compatible import OpenAIDecoder, decode_completion
+from mppnode.providers.openai_compatible import OpenAICompatible, OpenAIDecoder
+from mppnode.providers.quirks import Quirks
 from mppnode.providers.transport import Transport, TransportLimits
 
 WAIT_S = 5
@@ -24,6 +25,11 @@ def ask(model, text="one two three", **more):
         "stream_options": {"include_usage": True},
         **more,
     }
+
+
+def decode_completion(body):
+    completion = OpenAICompatible(Quirks()).decode(body)
+    return completion.document, completion.usage
 
 
 def wire(request):

@@ -7,16 +7,16 @@ from hypothesis import strategies as st
 
 from mppnode.kernel.requests import NODE_ONLY, ChatLimits, parse_chat
 from mppnode.kernel.usage import Usage
-from mppnode.providers.base import UpstreamFault
+from mppnode.providers.base import Call, UpstreamFault
 from mppnode.providers.openai_compatible import (
     CHOICES_MAX,
     FRAME_BYTES_MAX,
     TOKENS_MAX,
+    OpenAICompatible,
     OpenAIDecoder,
-    decode_completion,
-    encode_request,
     parse_usage,
 )
+from mppnode.providers.quirks import Quirks
 
 
 def event(delta=None, **more):
@@ -301,8 +301,14 @@ def asked(**members):
 
 def sent(chat, **more):
     settings = {"model": "up", "base_url": "https://h/v1/", "api_key": "sk-key", "max_tokens": 7} | more
-    request = encode_request(chat, **settings)
+    quirks = Quirks(limit_field=settings.pop("limit_field", "max_tokens"))
+    request = OpenAICompatible(quirks).encode(Call(chat, **settings))
     return request, orjson.loads(request.body)
+
+
+def decode_completion(body):
+    completion = OpenAICompatible(Quirks()).decode(body)
+    return completion.document, completion.usage
 
 
 def test_node_fields_stay_and_unknown_fields_pass():

@@ -3,6 +3,7 @@
 import orjson
 import pytest
 
+from mppnode.config.presets import PRESETS as ADDRESSES
 from mppnode.kernel.faults import NodeFault, NodeReason
 from mppnode.kernel.requests import NODE_ONLY, ChatLimits, parse_chat
 from mppnode.kernel.usage import Usage
@@ -36,7 +37,7 @@ def asked(**members):
 def request(name, model="up", cap=None, key=KEY, quirks=None, **members):
     preset = PRESETS[name]
     adapter = adapter_for(preset.api, quirks or preset.quirks)
-    call = Call(asked(**members), model, preset.base_url or "http://dev/v1/", key, 7, cap)
+    call = Call(asked(**members), model, ADDRESSES[preset.name].base_url or "http://dev/v1/", key, 7, cap)
     return adapter.encode(call)
 
 

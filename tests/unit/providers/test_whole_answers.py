@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mppnode.config.presets import PRESETS as ADDRESSES
 from mppnode.kernel.clock import ManualClock
 from mppnode.kernel.listing import Ability, ProviderKind
 from mppnode.kernel.requests import ChatLimits, parse_chat
@@ -245,8 +246,9 @@ def test_presets_are_named_by_their_name():
         "openai", "anthropic", "gemini", "openrouter", "deepinfra", "deepseek", "together", "groq", "fireworks", "mistral",
         "xai", "vllm", "llamacpp", "ollama", "sglang", "dev",
     }  # fmt: skip
-    for name, preset in PRESETS.items():
-        assert preset.name == name
+    assert set(PRESETS) == set(ADDRESSES), "who is configured by name is known by name, and the other way round"
+    for name, preset in ADDRESSES.items():
+        assert preset.name == PRESETS[name].name == name
         native = preset.kind is ProviderKind.NATIVE
         assert (preset.key_variable is None) == (preset.price_page is None) == native, name
         if not native:
@@ -273,7 +275,7 @@ def test_no_preset_promises_what_its_adapter_refuses():
 def test_every_request_can_be_put_on_the_wire(name):
     """P-33: URL and headers are those a transport takes, and compression is left to it, which refuses any."""
     chat = parse_chat(b'{"model":"m","messages":[{"role":"user","content":"hi"}]}', limits=ChatLimits())
-    made = adapter(name).encode(Call(chat, "a/b:c", PRESETS[name].base_url or "http://127.0.0.1:1/v1", "k", 5))
+    made = adapter(name).encode(Call(chat, "a/b:c", ADDRESSES[name].base_url or "http://127.0.0.1:1/v1", "k", 5))
     _, host, target = split_url(made.url)
     assert b"Accept-Encoding: identity\r\n" in encode_head(made, host, target)
     assert dict(made.headers)["Accept"] == "text/event-stream"
