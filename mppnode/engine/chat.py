@@ -307,12 +307,17 @@ class ChatEngine:
                 attempts=run.attempts,
                 tokens=0 if tally is None else tally.tokens,
                 token_source=None if tally is None else tally.source.value,
+                runs_on=ending is not Ending.COMPLETE and answer is not None and self._runs_on(answer),
                 stall_ms=run.stall_ms,
                 charged_pico=int(total),
                 spent=account.spent,
                 accepted=account.accepted,
                 version=account.version,
             )
+
+    def _runs_on(self, answer: Answer) -> bool:
+        """Whether a provider may go on generating, at our expense, when it is cut off."""
+        return not self._market.endpoints[answer.listing.provider].adapter.cancel_stops_billing
 
     @property
     def stopping(self) -> bool:

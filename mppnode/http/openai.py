@@ -115,7 +115,7 @@ class ChatSurface:
     def _read(self, call: _Call) -> tuple[Presented, ChatRequest | None, Offer]:
         """The credential, what it is to buy (None to manage its channel), and at what price."""
         tokens = payment_credentials(call.credentials)
-        chat = parse_chat(call.body, limits=self._limits) if call.body else None
+        chat = parse_chat(call.body, limits=self._limits, stream=streams(call.request)) if call.body else None
         call.offer = offer = self._engine.offer(ROUTE, chat)
         if not tokens:
             raise ChannelFault(Reason.PAYMENT_REQUIRED, detail="this request is paid for; answer the challenge")
@@ -217,6 +217,14 @@ class _Call:
         self.offer: Offer | None = None
         self.presented: Presented | None = None
         self.opened: Opened | None = None
+
+
+def streams(request: web.Request) -> bool:
+    """Whether a caller who does not say gets a stream: everybody but one who accepts JSON and nothing else.
+
+    The OpenAI SDKs do that. Left out, ``stream`` means false to them, and they could not read what they got.
+    """
+    return request.headers.get("Accept", "").strip().lower() != "application/json"
 
 
 async def body_of(request: web.Request) -> bytes:

@@ -12,7 +12,7 @@ from channels.units import PICO_PER_UNIT, format_decimal, units_ceil
 from mppnode.engine.chat import ChatEngine
 from mppnode.engine.market import Quote
 from mppnode.http.disclosure import cents
-from mppnode.http.openai import body_of
+from mppnode.http.openai import body_of, streams
 from mppnode.kernel.listing import Listing
 from mppnode.kernel.rates import Rates
 from mppnode.kernel.requests import ChatLimits, parse_chat
@@ -33,7 +33,7 @@ class QuoteSurface:
 
     async def post(self, request: web.Request) -> web.Response:
         """Quote one request. Refusals are those the request itself would meet."""
-        chat = parse_chat(await body_of(request), limits=self._limits)
+        chat = parse_chat(await body_of(request), limits=self._limits, stream=streams(request))
         quote = self._engine.quote(chat)
         return web.Response(
             body=orjson.dumps(quote_json(quote)),

@@ -125,8 +125,10 @@ class ChatRequest:
         return self.max_tokens * self.choices
 
 
-def parse_chat(body: bytes, *, limits: ChatLimits) -> ChatRequest:
+def parse_chat(body: bytes, *, limits: ChatLimits, stream: bool = True) -> ChatRequest:
     """Read a chat request, refusing everything two readers could understand differently.
+
+    ``stream`` is what a caller gets who does not say.
 
     Raises:
         NodeFault: ``BODY_TOO_LARGE``; ``INVALID_JSON`` for what is not one JSON object; ``INVALID_FIELD`` naming the
@@ -145,11 +147,11 @@ def parse_chat(body: bytes, *, limits: ChatLimits) -> ChatRequest:
     if not isinstance(model, str) or _MODEL.fullmatch(model) is None:
         _bad("model", "is not a model name")
     messages, message_bytes = _messages(raw.get("messages"), limits)
-    stream = _boolean(raw, "stream")
+    said = _boolean(raw, "stream")
     return ChatRequest(
         model=model,
         messages=messages,
-        stream=True if stream is None else stream,
+        stream=stream if said is None else said,
         include_usage=_include_usage(raw),
         max_tokens=_max_tokens(raw, limits),
         choices=_integer(raw, "n", 1, limits.choices) or 1,

@@ -54,6 +54,19 @@ async def test_p01_the_sdk_reads_a_buffered_answer(world: World) -> None:
     assert answer.usage.completion_tokens == 8
 
 
+async def test_p54_the_sdk_gets_what_it_can_read_without_saying_stream(world: World) -> None:
+    """P-54: the SDKs leave ``stream`` out for an answer in one piece; everybody else gets a stream."""
+    channel, body = await world.opened(), chat("dev/story", max_tokens=8)
+    credential = await world.pay(world.payer.voucher(channel, UNIT), body)
+    async with client(world, credential) as sdk:
+        answer = await sdk.chat.completions.create(model="dev/story", messages=body["messages"], max_tokens=8)
+    assert answer.choices[0].message.content.startswith("a channel opens")
+    for accept, kind in (("*/*", "text/event-stream"), ("application/json, text/event-stream", "text/event-stream"), ("application/json", "application/json")):
+        credential = await world.pay(world.payer.voucher(channel, 3 * UNIT), body)
+        reply = await world.send(body, credential, headers={"Accept": accept})
+        assert reply.headers["Content-Type"].startswith(kind), accept
+
+
 async def test_p01_refusals_are_the_sdks_own_errors(world: World) -> None:
     """P-01: a 402, a 400 and a 404 are raised with our message and code, and are not retried."""
     async with client(world, "Bearer x") as sdk:

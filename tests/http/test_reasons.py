@@ -338,7 +338,7 @@ async def _bug(world: World) -> Reply:
 
 @pytest.mark.parametrize("reason", list(CASES), ids=lambda reason: reason.value)
 async def test_each_reason_has_its_status_and_shape(reason: Reason | NodeReason) -> None:
-    """Every reason: its status from the one table, OpenAI's error member, a problem for payments, no bug, no secret."""
+    """P-52: every reason has its status from the one table, OpenAI's error member, a problem for payments, no secret."""
     session = SessionConfig(
         (V2.protocol, V1.protocol), Units(1_000), Units(100_000), min_voucher_delta=Units(2), chain_ttl_s=0
     )
