@@ -29,6 +29,8 @@ from mppnode.providers.base import (
 
 COMPLETION_BYTES_MAX: Final = 16 * 1024 * 1024
 """A buffered answer: some megabytes of text with log-probabilities, or a few generated pictures."""
+_EARLY_CHUNKS_MAX: Final = 4_096
+"""Events before the first output: a role and some pings are usual, and all of them are kept."""
 _RETRY_AFTER_MAX_S: Final = 120  # what both OpenAI SDKs are willing to wait
 _OK: Final = 200
 _TOO_MANY: Final = 429
@@ -106,6 +108,8 @@ class Opening:
             elif chunk.done:
                 # No output and no reason for it: an overloaded server's way to give up.
                 self._decide(None if self._finished else UpstreamFault("error", detail="it answered nothing"))
+        if len(self.chunks) > _EARLY_CHUNKS_MAX:
+            self._decide(UpstreamFault("protocol", detail="it sent nothing but empty events"))
 
     def _decide(self, fault: UpstreamFault | None) -> None:
         if not self.verdict.done():

@@ -138,6 +138,8 @@ class PaidChat:
     async def abandon(self, ending: Ending = Ending.DISCONNECTED) -> None:
         """Give a request up before anything was sent: what its provider has taken is the prompt, if it took that."""
         total = Pico(0)
+        if self.answer is not None:
+            self.answer.watch.dropped()
         if self.upstream is not None:
             self.upstream.cancel()
             # Ended by us, or for a newer request, the caller is refused and pays nothing; nor for half an answer.

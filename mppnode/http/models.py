@@ -13,6 +13,7 @@ from mppnode.engine.market import Market, Readiness
 from mppnode.http.disclosure import cents
 from mppnode.kernel.faults import NodeFault, NodeReason
 from mppnode.kernel.listing import Ability, Listing
+from mppnode.pricing.catalog import Catalog
 
 PATH: Final = "/v1/models"
 _HEADERS: Final = {"Cache-Control": "no-store", "Access-Control-Allow-Origin": "*"}
@@ -23,6 +24,8 @@ class ModelsSurface:
 
     def __init__(self, *, engine: ChatEngine, **_: object) -> None:
         self._market: Market = engine.market
+        self._list = b""
+        self._made: tuple[Catalog | None, int] = (None, 0)
 
     def routes(self) -> Sequence[web.RouteDef]:
         """The routes of this surface; names of models have slashes, encoded or not."""
@@ -34,8 +37,14 @@ class ModelsSurface:
 
     async def every(self, _: web.Request) -> web.Response:
         """Every model somebody sells."""
-        models = [self._model(name) for name in self._market.catalog().models()]
-        return _json({"object": "list", "data": [model for model in models if model is not None]})
+        catalog = self._market.catalog()
+        # Made once a second at most: a large catalog takes milliseconds, and anybody may ask.
+        moment = (catalog, int(self._market.clock.monotonic()))
+        if self._made != moment:
+            models = [self._model(name) for name in catalog.models()]
+            self._list = orjson.dumps({"object": "list", "data": [model for model in models if model is not None]})
+            self._made = moment
+        return _answer(self._list)
 
     async def one(self, request: web.Request) -> web.Response:
         """One model. Raises ``UNKNOWN_MODEL``."""
@@ -97,4 +106,8 @@ def _pricing(listing: Listing) -> dict[str, str]:
 
 
 def _json(document: dict[str, object]) -> web.Response:
-    return web.Response(body=orjson.dumps(document), content_type="application/json", headers=_HEADERS)
+    return _answer(orjson.dumps(document))
+
+
+def _answer(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type="application/json", headers=_HEADERS)
