@@ -212,7 +212,7 @@ class ChatEngine:
                 listing.upstream_model,
                 endpoint.base_url,
                 endpoint.api_key(),
-                min(chat.max_tokens, listing.max_output),
+                _tokens_of(chat, listing),
                 _cap(listing),
             )
             outcome = await failover.attempt(listing, endpoint, call, watch, left=len(waiting) + 1)
@@ -361,6 +361,15 @@ def need_of(chat: ChatRequest, rates: Rates, max_output: int) -> Need:
         cap_pico=max(whole, floor),
         stream=True,
     )
+
+
+def _tokens_of(chat: ChatRequest, listing: Listing) -> int:
+    """The limit a provider is given: what was asked for, or else what surely fits beside the prompt."""
+    limit = min(chat.max_tokens, listing.max_output)
+    if chat.limited:
+        return limit
+    held = prompt_tokens_held(chat.prompt_bytes, images=chat.images, audio_bytes=chat.audio_bytes)
+    return max(min(limit, listing.context - held), 1)
 
 
 def _cap(listing: Listing) -> PriceCap:

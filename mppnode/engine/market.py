@@ -201,6 +201,7 @@ class Market:
             # The likely length, not the longest possible: who finds it too long after all is asked before anybody pays.
             prompt_tokens=chat.prompt_bytes // _BYTES_PER_TOKEN + media_tokens_held(chat.images, chat.audio_bytes),
             max_tokens=chat.max_tokens,
+            elastic=not chat.limited,
             affinity=affinity_key(payer or b"", cache_key=chat.wishes.cache_key, opening=_opening(chat)),
             bound=bound,
         )

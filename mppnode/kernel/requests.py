@@ -102,6 +102,8 @@ class ChatRequest:
     include_usage: bool | None
     """Whether the caller asked for a usage chunk of its own; the node asks its providers in any case."""
     max_tokens: int
+    limited: bool
+    """Whether the caller set that limit; one that did not takes what fits."""
     choices: int
     temperature: float | None
     top_p: float | None
@@ -154,6 +156,7 @@ def parse_chat(body: bytes, *, limits: ChatLimits, stream: bool = True) -> ChatR
         stream=stream if said is None else said,
         include_usage=_include_usage(raw),
         max_tokens=_max_tokens(raw, limits),
+        limited=raw.get("max_tokens") is not None or raw.get("max_completion_tokens") is not None,
         choices=_integer(raw, "n", 1, limits.choices) or 1,
         temperature=_number(raw, "temperature", 0, 2),
         top_p=_number(raw, "top_p", 0, 1),

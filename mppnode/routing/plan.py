@@ -65,6 +65,8 @@ class Wish:
     prompt_tokens: int = 0
     max_tokens: int = 1
     """Of each choice."""
+    elastic: bool = False
+    """Whether an answer may be as short as the context leaves room for."""
     order: tuple[str, ...] = ()
     only: frozenset[str] | None = None
     ignore: frozenset[str] = frozenset()
@@ -85,6 +87,7 @@ def plan(
     needs: Ability,
     prompt_tokens: int,
     max_tokens: int,
+    elastic: bool = False,
     affinity: bytes | None = None,
     bound: Rates | None = None,
     barred: frozenset[str] = frozenset(),
@@ -110,6 +113,7 @@ def plan(
         needs=needs,
         prompt_tokens=prompt_tokens,
         max_tokens=max_tokens,
+        elastic=elastic,
         order=wishes.order,
         only=None if wishes.only is None else frozenset(wishes.only),
         ignore=frozenset(wishes.ignore),

@@ -17,6 +17,7 @@ from mppnode.routing.sellers import Seller
 
 _SOFT: Final = int(Ability.LOGPROBS | Ability.REASONING)
 """Without these an answer is poorer but still an answer: who has them is preferred, unless the caller insists."""
+_SHORT: Final = 16  # tokens: less is no answer
 _PROBE: Final = Standing.PROBE  # looked up once: the loop below asks a hundred times per decision
 _THROTTLED: Final = Standing.THROTTLED
 
@@ -119,7 +120,8 @@ class Sieve:
             return Exclusion.REQUIRE_PARAMETERS
         # The node asks no provider for more than it gives, so a short answer's provider may serve a long wish.
         answer = min(wish.max_tokens, seller.max_output)
-        if wish.prompt_tokens + answer > seller.context or (wish.require_parameters and answer < wish.max_tokens):
+        room = seller.context - wish.prompt_tokens
+        if room < (_SHORT if wish.elastic else answer) or (wish.require_parameters and answer < wish.max_tokens):
             return Exclusion.CONTEXT_LENGTH
         if seller.external and not wish.allow_external:
             return Exclusion.EXTERNAL

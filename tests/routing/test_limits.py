@@ -112,3 +112,15 @@ async def test_u9_the_log_says_whose_provider_may_run_on(preset: str, runs_on: b
         await shop.settled()
         (line,) = shop.logged("request.ended")
         assert (line["ending"], line["runs_on"]) == ("disconnected", runs_on)
+
+
+async def test_p43_without_a_limit_the_answer_takes_the_room_there_is() -> None:
+    """P-43: a small context refuses nobody who set no limit; who set one that cannot fit is told so."""
+    async with new_shop(Sold("small", context=2_048)) as shop:
+        body = ask("small")
+        del body["max_tokens"]
+        assert (await buy(shop, body)).status == 200
+        (exchange,) = shop.provider("small").exchanges
+        assert 1_900 < exchange.body["max_tokens"] < 2_048
+        refused = await shop.send(ask("small", max_tokens=2_048))
+        assert (refused.status, refused.field) == (400, "messages")
