@@ -4,159 +4,48 @@ import asyncio
 import dataclasses
 
 import pytest
-import rlp
 
 from channels import escrow as v2
-from channels import escrow_v1 as v1
 from channels import tip20
 from channels.chain import Fate, Head, Receipt
-from channels.descriptor import RESERVE_ADDRESS, Descriptor, Escrow, SessionProtocol
+from channels.descriptor import RESERVE_ADDRESS
 from channels.faults import ChannelFault, Reason
-from channels.ids import ZERO_ADDRESS, Address, Hash32
-from channels.signature import CURVE_ORDER, address_of
-from channels.sponsor import SponsorPolicy
-from channels.tempo_tx import EXPIRING_NONCE_KEY, Call, Form, TempoTx, decode
+from channels.ids import Address, Hash32
+from channels.signature import address_of
+from channels.tempo_tx import Call, Form, decode
 from channels.units import Units
-from channels.verify import Terms, VerifiedOpen, confirm_open, verify_open, verify_top_up
-from channels.voucher import VoucherDomain, derive_channel_id
-from channels.wire.credential import OpenPayload, TopUpPayload
-from mppnode.chain.devchain import PATH_USD, DevChain
-from mppnode.chain.rpc import RpcChain, RpcLimits
+from channels.verify import VerifiedOpen, confirm_open, verify_top_up
+from channels.wire.credential import TopUpPayload
+from mppnode.chain.devchain import PATH_USD
 from mppnode.kernel.clock import ManualClock
-from mppnode.ledger.base import Budget, BudgetSpent
+from mppnode.ledger.base import Budget
 from mppnode.treasury.sponsor import GAS_CEILING, Sponsor
-from tests.support.hostile_rpc import HostileRpc
-
-PAYER_KEY, SPONSOR_KEY = b"\x11" * 32, b"\x44" * 32
-PAYER, PAYEE, SPONSOR = address_of(PAYER_KEY), address_of(b"\x22" * 32), address_of(SPONSOR_KEY)
-CHAIN_ID, NOW = 31337, 1_900_000_000
-V2 = Escrow(SessionProtocol.V2, CHAIN_ID, RESERVE_ADDRESS)
-TERMS = Terms(V2, PAYEE, PATH_USD, sponsored=True)
-SALT, DEPOSIT = Hash32(b"\x07" * 32), Units(10_000)
-OPEN = v2.OpenCall(PAYEE, ZERO_ADDRESS, PATH_USD, DEPOSIT, SALT, PAYER)
-DATA = v2.encode_open(OPEN)
-GAS = 200_000  # an open uses 160,000 on the development chain, so 240,000 are allowed
-FEE = 3_360  # what it pays for them
-POLICY = SponsorPolicy(fee_tokens=(PATH_USD,), fee_units_max=Units(10_000))
-BUDGET = Budget(grants_per_sender=3, total=Units(50_000))
-RICH = Units(1_000_000)
-TX = TempoTx(
-    chain_id=CHAIN_ID,
-    max_priority_fee_per_gas=1_000_000_000,
-    max_fee_per_gas=25_000_000_000,
-    gas=GAS,
-    calls=(Call(RESERVE_ADDRESS, DATA),),
-    nonce_key=EXPIRING_NONCE_KEY,
-    nonce=0,
-    valid_before=NOW + 25,
-    valid_after=5,
-    fee_token=None,
-    sponsored=True,
+from tests.unit.treasury.sponsor_kit import (
+    BUDGET,
+    DEPOSIT,
+    FEE,
+    GOOD,
+    NOW,
+    PAYER,
+    PAYER_KEY,
+    POLICY,
+    RICH,
+    SIGNED,
+    SPONSOR,
+    SPONSOR_KEY,
+    TERMS,
+    TX,
+    V2,
+    Grants,
+    Key,
+    World,
+    field,
+    opening,
+    reason,
+    world,
 )
 
-
-class Grants:
-    """The grants of a ledger in memory: one critical section, an hour's window, and open grants never forgotten."""
-
-    def __init__(self, clock):
-        self._clock = clock
-        self.rows = {}
-        self.fails = None
-
-    async def grant(self, grant, budget):
-        await asyncio.sleep(0)
-        if self.fails is not None:
-            raise self.fails
-        if grant.tx_hash in self.rows:
-            return False
-        counted = [row for row in self.rows.values() if row[2] is None or row[1] > self._clock.now() - 3_600]
-        if sum(1 for row in counted if row[0].sender == grant.sender) >= budget.grants_per_sender:
-            raise BudgetSpent("the sender's")
-        if sum(row[0].fee_max if row[2] is None else row[2] for row in counted) + grant.fee_max > budget.total:
-            raise BudgetSpent("everybody's", total=True)
-        self.rows[grant.tx_hash] = [grant, self._clock.now(), None]
-        return True
-
-    async def settle_grant(self, tx_hash, fee):
-        self.rows[tx_hash][2] = fee
-
-    async def open_grants(self, *, limit=200):
-        return [grant for grant, _, fee in self.rows.values() if fee is None][:limit]
-
-    @property
-    def fees(self):
-        return [fee for _, _, fee in self.rows.values()]
-
-
-class Key:
-    """A secret that counts how often it was needed."""
-
-    def __init__(self, value):
-        self._value = value
-        self.revealed = 0
-
-    def reveal(self):
-        self.revealed += 1
-        return self._value
-
-
-class World:
-    """A development chain with fees, behind one node address, and a sponsor on it."""
-
-    def __init__(self, *, finality_lag=0, budget=BUDGET):
-        self.clock = ManualClock(NOW)
-        self.dev = DevChain(self.clock, chain_id=CHAIN_ID, fees=True, finality_lag=finality_lag)
-        for owner in (PAYER, SPONSOR):
-            self.dev.fund(owner, RICH)
-        self.wire = HostileRpc(self.dev, self.clock)
-        self.chain = RpcChain(self.wire, self.clock, limits=RpcLimits(), sleep=self.sleep)
-        self.ledger = Grants(self.clock)
-        self.key = Key(SPONSOR_KEY)
-        self.sponsor = Sponsor(
-            self.ledger, self.chain, key=self.key, policy=POLICY, budget=budget, clock=self.clock
-        )
-        self.key.revealed = 0
-
-    async def sleep(self, seconds):
-        self.clock.advance(seconds)
-
-    async def pay(self, payload, *, expires=None):
-        """What the node does with an open credential, up to the bytes that would be broadcast."""
-        now = self.clock.now()
-        opened = verify_open(payload, TERMS, now=now)
-        return await self.sponsor.pay_for_open(opened, V2, expires=expires or now + 300)
-
-    def fresh(self, *, key=PAYER_KEY, salt=0, **changes):
-        """An open of now that is unlike every other one."""
-        call = dataclasses.replace(OPEN, salt=Hash32(salt.to_bytes(32)), authorized_signer=address_of(key))
-        changes = {"valid_before": self.clock.now() + 25, "calls": (Call(RESERVE_ADDRESS, v2.encode_open(call)),), **changes}
-        return opening(dataclasses.replace(TX, **changes), key=key)
-
-
-def opening(tx, *, key=PAYER_KEY, raw=None):
-    """An open credential whose descriptor is what the transaction says, as far as it can be read."""
-    signed = tx.sign(key)
-    try:
-        call = v2.decode_open(tx.calls[-1].data)
-    except ChannelFault:
-        call = OPEN
-    descriptor = Descriptor(
-        signed.sender, call.payee, call.operator, call.token, call.salt, call.authorized_signer, signed.expiring_nonce_hash
-    )
-    channel = derive_channel_id(V2, descriptor)
-    signature = VoucherDomain(V2).sign(channel, 100, key)
-    return OpenPayload(channel, raw or signed.raw, descriptor, None, Units(100), signature)
-
-
-@pytest.fixture
-def world():
-    return World()
-
-
-async def _reason(awaitable):
-    with pytest.raises(ChannelFault) as caught:
-        await awaitable
-    return caught.value.reason
+__all__ = ["world"]
 
 
 # -------------------------------------------------------------------------------------------------------- an honest open
@@ -213,181 +102,8 @@ async def test_a_paid_transaction_is_found_again(world):
     final = await world.pay(payload)
     assert await world.sponsor.find(half) is None
     await world.chain.broadcast(final.raw)
-    assert await _reason(world.pay(payload)) is Reason.CHAIN_REJECTED
+    assert await reason(world.pay(payload)) is Reason.CHAIN_REJECTED
     assert await world.sponsor.find(half) == final
-
-
-# ------------------------------------------------------------------------------------------------- hostile transactions
-
-
-def _items(signed, index, value, *, prefix=None):
-    items = rlp.decode(signed.raw[1:])
-    items[index] = value
-    return bytes((prefix or signed.raw[0],)) + rlp.encode(items)
-
-
-def _calls(*calls):
-    return opening(dataclasses.replace(TX, calls=calls))
-
-
-def _data(data):
-    return _calls(Call(RESERVE_ADDRESS, data))
-
-
-def _argument(**changes):
-    return _data(v2.encode_open(dataclasses.replace(OPEN, **changes)))
-
-
-def _dirty(word):
-    at = 4 + 32 * word
-    return _data(DATA[:at] + b"\x01" + DATA[at + 1 :])
-
-
-def _field(**changes):
-    return opening(dataclasses.replace(TX, **changes))
-
-
-def _raw(raw):
-    return opening(TX, raw=raw)
-
-
-SIGNED = TX.sign(PAYER_KEY)
-GOOD = Call(RESERVE_ADDRESS, DATA)
-BODY = rlp.decode(SIGNED.raw[1:])
-R, S, V = SIGNED.signature[:32], SIGNED.signature[32:64], SIGNED.signature[64]
-PAY = Call(PATH_USD, tip20.encode_transfer(tip20.TransferCall(PAYER, Units(1))))
-APPROVE = Call(PATH_USD, tip20.encode_approve(tip20.ApproveCall(RESERVE_ADDRESS, 10_000)))
-DEX = Address(bytes.fromhex("dec0000000000000000000000000000000000000"))
-SWAP = Call(DEX, b"\xf0\x12\x2b\x75" + bytes(128))
-DESCRIPTOR = opening(TX).descriptor
-V1_OPEN = v1.encode_open(v1.OpenCall(PAYEE, PATH_USD, DEPOSIT, SALT, PAYER))
-HOSTILE = {
-    # other calls
-    "a second call": _calls(GOOD, PAY),
-    "a call before": _calls(PAY, GOOD),
-    "the same call twice": _calls(GOOD, GOOD),
-    "approve before": _calls(APPROVE, GOOD),
-    "approve and swap before": _calls(APPROVE, SWAP, GOOD),
-    "an empty call behind": _calls(GOOD, Call(PAYEE, b"")),
-    "sixteen calls": _calls(*[GOOD] * 16),
-    "native value": _calls(dataclasses.replace(GOOD, value=1)),
-    "another contract": _calls(dataclasses.replace(GOOD, to=DEX)),
-    "the token as target": _calls(dataclasses.replace(GOOD, to=PATH_USD)),
-    "the sponsor as target": _calls(dataclasses.replace(GOOD, to=SPONSOR)),
-    "a plain transfer": _calls(PAY),
-    "an approval alone": _calls(APPROVE),
-    "a contract creation": _raw(_items(SIGNED, 4, [[b"", b"", DATA]])),
-    "no calls": _raw(_items(SIGNED, 4, [])),
-    # other calldata
-    "no calldata": _data(b""),
-    "a selector alone": _data(v2.OPEN),
-    "a trailing byte": _data(DATA + b"\0"),
-    "a trailing word": _data(DATA + bytes(32)),
-    "kilobytes behind": _data(DATA + b"\xff" * 12_000),
-    "a missing byte": _data(DATA[:-1]),
-    "dirty payee": _dirty(0),
-    "dirty operator": _dirty(1),
-    "dirty token": _dirty(2),
-    "dirty deposit": _dirty(3),
-    "dirty signer": _dirty(5),
-    "top-up instead": _data(v2.encode_top_up(v2.TopUpCall(DESCRIPTOR, DEPOSIT))),
-    "settle instead": _data(v2.encode_settle(DESCRIPTOR, Units(1), bytes(65))),
-    "close instead": _data(v2.encode_close(DESCRIPTOR, Units(1), Units(1), bytes(65))),
-    "request close instead": _data(v2.encode_request_close(DESCRIPTOR)),
-    "withdraw instead": _data(v2.encode_withdraw(DESCRIPTOR)),
-    "a v1 open": _data(V1_OPEN),
-    "an unknown function": _data(b"\x01\x02\x03\x04" + DATA[4:]),
-    "another payee": _argument(payee=PAYER),
-    "another token": _argument(token=DEX),
-    "an operator": _argument(operator=PAYER),
-    # lists that cost gas
-    "an access list": _raw(_items(SIGNED, 5, [[PATH_USD, [bytes(32)]]])),
-    "an authorisation list": _raw(_items(SIGNED, 12, [[b"\1"]])),
-    "a key authorisation": _raw(b"\x78" + rlp.encode([*BODY[:13], [b"\1"], BODY[13]])),
-    # nonces and time
-    "nonce key zero": _field(nonce_key=0),
-    "nonce key one": _field(nonce_key=1),
-    "nearly the expiring key": _field(nonce_key=EXPIRING_NONCE_KEY - 1),
-    "a nonce": _field(nonce=1),
-    "no end": _field(valid_before=None),
-    "the end now": _field(valid_before=NOW),
-    "an end long ago": _field(valid_before=1),
-    "an end after a minute": _field(valid_before=NOW + 61),
-    "an end in sixteen minutes": _field(valid_before=NOW + 960),
-    "an end in ages": _field(valid_before=2**64 - 1),
-    "a start to come": _field(valid_after=NOW + 1),
-    # gas and fees
-    "no gas": _field(gas=0),
-    "gas beyond the margin": _field(gas=240_001),
-    "gas beyond the ceiling": _field(gas=GAS_CEILING + 1),
-    "all gas": _field(gas=2**64 - 1),
-    "too little gas to run": _field(gas=159_999),
-    "no fee": _field(max_fee_per_gas=0, max_priority_fee_per_gas=0),
-    "a fee per gas beyond the cap": _field(max_fee_per_gas=100_000_000_001),
-    "all fee": _field(max_fee_per_gas=2**128 - 1),
-    "a priority above the fee": _field(max_priority_fee_per_gas=25_000_000_001),
-    "a priority above the cap": _field(max_fee_per_gas=52 * 10**9, max_priority_fee_per_gas=50 * 10**9 + 1, gas=160_000),
-    "a total fee above the cap": _field(max_fee_per_gas=60_000_000_000),
-    # another chain
-    "another chain": _field(chain_id=1),
-    # forms
-    "a payer who pays": opening(dataclasses.replace(TX, sponsored=False, fee_token=PATH_USD)),
-    "another sponsor's signature": _raw(SIGNED.cosign(PATH_USD, b"\x55" * 32).raw),
-    "a victim in the slot": _raw(_items(SIGNED, 11, SPONSOR)),
-    "an empty slot in an envelope": _raw(_items(SIGNED, 11, b"")),
-    "slot 01": _raw(_items(SIGNED, 11, b"\1", prefix=0x76)),
-    "an address slot under 0x76": _raw(_items(SIGNED, 11, PAYER, prefix=0x76)),
-    "a fee token the sender did not sign": _raw(_items(SIGNED, 10, PATH_USD)),
-    "a fee token beside a placeholder": _raw(_items(dataclasses.replace(SIGNED, form=Form.PLACEHOLDER), 10, PATH_USD)),
-    "another type": _raw(b"\x77" + SIGNED.raw[1:]),
-    # signatures
-    "somebody else's signature": _raw(_items(SIGNED, 13, TX.sign(b"\x33" * 32).signature)),
-    "the high-s twin": _raw(_items(SIGNED, 13, R + (CURVE_ORDER - int.from_bytes(S)).to_bytes(32) + bytes((55 - V,)))),
-    "v as zero or one": _raw(_items(SIGNED, 13, R + S + bytes((V - 27,)))),
-    "a compact signature": _raw(_items(SIGNED, 13, R + S)),
-    "a keychain signature": _raw(_items(SIGNED, 13, b"\x03" + PAYER + SIGNED.signature)),
-    "r zero": _raw(_items(SIGNED, 13, bytes(32) + S + bytes((V,)))),
-    # bytes
-    "a byte after the list": _raw(SIGNED.raw + b"\0"),
-    "a missing last byte": _raw(SIGNED.raw[:-1]),
-    "a long length form": _raw(SIGNED.raw[:1] + b"\xfa\0" + SIGNED.raw[2:]),
-    "a nonce as zero byte": _raw(_items(SIGNED, 7, b"\0")),
-    "no bytes": _raw(b"\x78"),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-async def test_hostile_transactions_are_never_signed(world, name):
-    """F1, F2, T-18..T-20: each is refused with the key untouched, nothing granted and nothing paid."""
-    assert await _reason(world.pay(HOSTILE[name])) in (
-        Reason.TRANSACTION_REJECTED,
-        Reason.DESCRIPTOR_MISMATCH,
-        Reason.CHAIN_REJECTED,
-    )
-    assert world.key.revealed == 0
-    assert world.ledger.rows == {}
-    assert world.dev.balance(SPONSOR) == RICH
-
-
-def test_there_are_enough_hostile_transactions():
-    """At least fifty different ones, none of which is the good one."""
-    raws = {payload.transaction for payload in HOSTILE.values()}
-    assert len(raws) == len(HOSTILE) >= 50
-    assert SIGNED.raw not in raws
-
-
-async def test_what_is_wrong_by_itself_costs_no_question(world):
-    """A transaction that cannot be right is refused before the chain is asked anything."""
-    for name in ("all gas", "an end after a minute", "a total fee above the cap", "a nonce"):
-        await _reason(world.pay(HOSTILE[name]))
-    assert world.wire.seen.total() == 0
-
-
-async def test_the_challenge_bounds_what_is_paid_for(world):
-    """F4: an open that would outlive its challenge is refused, one that ends with it is not."""
-    assert await _reason(world.pay(opening(TX), expires=NOW + 24)) is Reason.TRANSACTION_REJECTED
-    assert world.key.revealed == 0
-    await world.pay(opening(TX), expires=NOW + 25)
 
 
 # ------------------------------------------------------------------------------------------------------- failing closed
@@ -395,7 +111,7 @@ async def test_the_challenge_bounds_what_is_paid_for(world):
 
 async def test_an_open_that_would_revert_is_not_signed(world):
     """F3: a payer without the deposit is found out by the trial."""
-    assert await _reason(world.pay(world.fresh(key=b"\x31" * 32))) is Reason.CHAIN_REJECTED
+    assert await reason(world.pay(world.fresh(key=b"\x31" * 32))) is Reason.CHAIN_REJECTED
     assert world.key.revealed == 0
     assert world.ledger.rows == {}
 
@@ -405,7 +121,7 @@ async def test_a_sponsor_without_money_signs_nothing(world):
     world.sponsor = Sponsor(
         world.ledger, world.chain, key=Key(b"\x55" * 32), policy=POLICY, budget=BUDGET, clock=world.clock
     )
-    assert await _reason(world.pay(opening(TX))) is Reason.CHAIN_REJECTED
+    assert await reason(world.pay(opening(TX))) is Reason.CHAIN_REJECTED
     assert world.ledger.rows == {}
 
 
@@ -413,20 +129,20 @@ async def test_a_sponsor_without_money_signs_nothing(world):
 async def test_without_a_trial_nothing_is_signed(world, method):
     """F3: when the chain cannot be asked, the answer is no."""
     world.wire.lost[method] = 3
-    assert await _reason(world.pay(opening(TX))) is Reason.CHAIN_UNAVAILABLE
+    assert await reason(world.pay(opening(TX))) is Reason.CHAIN_UNAVAILABLE
     assert world.key.revealed == 0
 
 
 async def test_a_measurement_is_not_believed_beyond_reason(world):
     """A node that claims an open needs all the gas there is does not move our ceiling."""
     world.wire.lies["eth_estimateGas"] = lambda _params, _result: hex(10**9)
-    assert await _reason(world.pay(_field(gas=GAS_CEILING + 1))) is Reason.TRANSACTION_REJECTED
+    assert await reason(world.pay(field(gas=GAS_CEILING + 1))) is Reason.TRANSACTION_REJECTED
 
 
 async def test_nothing_leaves_before_the_grant_is_durable(world):
     """When the ledger cannot write the grant down, nobody gets the signature."""
     world.ledger.fails = ChannelFault(Reason.STORE_UNAVAILABLE)
-    assert await _reason(world.pay(opening(TX))) is Reason.STORE_UNAVAILABLE
+    assert await reason(world.pay(opening(TX))) is Reason.STORE_UNAVAILABLE
     world.ledger.fails = None
     assert (await world.pay(opening(TX))).form is Form.COSIGNED
 
@@ -439,7 +155,7 @@ async def test_a_slow_trial_does_not_stretch_the_validity(world):
         return result
 
     world.wire.lies["eth_estimateGas"] = slowly
-    assert await _reason(world.pay(opening(TX))) is Reason.TRANSACTION_REJECTED
+    assert await reason(world.pay(opening(TX))) is Reason.TRANSACTION_REJECTED
     assert world.key.revealed == 0
 
 
@@ -464,7 +180,7 @@ async def test_parallel_opens_stay_within_the_budget(world):
 async def test_one_sender_has_a_budget_of_its_own(world):
     """A sender gets three grants an hour, and using them up stops nobody else."""
     finals = [await world.pay(world.fresh(salt=salt)) for salt in range(3)]
-    assert await _reason(world.pay(world.fresh(salt=3))) is Reason.RATE_LIMITED
+    assert await reason(world.pay(world.fresh(salt=3))) is Reason.RATE_LIMITED
     assert world.sponsor.offering
     world.dev.fund(address_of(b"\x31" * 32), DEPOSIT)
     await world.pay(world.fresh(key=b"\x31" * 32))
@@ -493,7 +209,7 @@ async def test_a_spent_budget_ends_the_offer_for_a_while():
     world = World(budget=Budget(grants_per_sender=9, total=Units(5_000)))
     assert world.sponsor.offering
     await world.pay(world.fresh(salt=1))
-    assert await _reason(world.pay(world.fresh(salt=2))) is Reason.RATE_LIMITED
+    assert await reason(world.pay(world.fresh(salt=2))) is Reason.RATE_LIMITED
     assert not world.sponsor.offering
     world.clock.advance(60)
     assert world.sponsor.offering
@@ -546,7 +262,7 @@ async def test_clock_skips_free_no_budget(world, skip):
     world.clock.advance(skip)
     world.dev.travel(-skip)  # the chain's own time goes on as before
     assert await world.sponsor.settle_open_grants() == 0
-    assert await _reason(world.pay(world.fresh(salt=9))) is Reason.RATE_LIMITED
+    assert await reason(world.pay(world.fresh(salt=9))) is Reason.RATE_LIMITED
 
 
 async def test_a_disputed_grant_does_not_tie_up_the_others(world):
@@ -556,7 +272,7 @@ async def test_a_disputed_grant_does_not_tie_up_the_others(world):
         await world.chain.broadcast(final.raw)
     bad = "0x" + first.tx_hash.hex()
     world.wire.lies["eth_getTransactionReceipt"] = lambda params, result: {} if params[0] == bad else result
-    assert await _reason(world.sponsor.settle_open_grants()) is Reason.CHAIN_UNAVAILABLE
+    assert await reason(world.sponsor.settle_open_grants()) is Reason.CHAIN_UNAVAILABLE
     assert world.ledger.fees == [None, FEE]
     world.wire.lies.clear()
     assert await world.sponsor.settle_open_grants() == 1
