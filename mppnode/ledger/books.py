@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from channels.account import plan
 from channels.faults import ChannelFault, Reason
 from channels.ids import ChannelId
-from channels.model import Account, Command, Event, Finish, HoldId, ObserveChain, Outcome, Plan, Renew
+from channels.model import Account, Command, Event, Finish, HoldId, ObserveChain, Outcome, Plan
 from channels.policy import Policy
 from channels.store import ChannelStore
 from channels.units import Pico
@@ -80,8 +80,8 @@ class Books:
 
 
 def _may_be_lost(command: Command) -> bool:
-    """What a power cut may undo: a look at the chain can be repeated, a fold that grants nothing only costs us.
+    """What a power cut may undo: a look at the chain can be repeated.
 
-    Nobody is shown either before a later, durable commit has made it last.
+    Nobody is shown it before a later, durable commit has made it last.
     """
-    return isinstance(command, ObserveChain) or (isinstance(command, Renew) and command.want <= command.consumed)
+    return isinstance(command, ObserveChain)
