@@ -140,7 +140,7 @@ class ChatEngine:
         run = await self._admit(presented, account, chat, offer, route, request_id=request_id)
         try:
             self.probe("connect.before")
-            await run.connect(self._find(run, chat, route))
+            await run.connect(lambda: self._find(run, chat, route))
             self.probe("connect.after")
         except BaseException:
             # Also on cancellation: the hold must not outlive its request, so the owner ends it even if we are cut off.

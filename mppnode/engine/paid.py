@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
@@ -89,24 +89,25 @@ class PaidChat:
         self.upstream = response
         self.tally = None if response is None else self._engine.tally(self.chat, listing)
 
-    async def connect(self, finding: Coroutine[Any, Any, Answer]) -> None:
+    async def connect(self, find: Callable[[], Awaitable[Answer]]) -> None:
         """Wait for a provider, unless the client leaves or a newer request takes the channel first.
 
         Raises:
             ChannelFault: ``HOLD_FENCED`` in the second case.
-            NodeFault: as ``finding``.
+            NodeFault: as ``find``.
         """
 
         async def keep() -> None:
             # Kept here and not by the waiter, which may be cancelled in the very turn in which the provider answers.
-            self.answer = await finding
+            self.answer = await find()
 
-        await self._interruptible(keep(), "connect")
+        await self._interruptible(keep, "connect")
 
-    async def _interruptible(self, work: Coroutine[Any, Any, T], name: str) -> T:
+    async def _interruptible(self, work: Callable[[], Awaitable[T]], name: str) -> T:
         async def run() -> T | NodeFault:
+            # Called here and not by the caller: a task that is cancelled before its first step would leave a coroutine.
             try:
-                return await work
+                return await work()
             except NodeFault as fault:  # an answer, not a failed task
                 return fault
 

@@ -149,6 +149,36 @@ async def test_p26_a_request_superseded_in_the_moment_of_acceptance_costs_nothin
     assert world.net.provider.cancelled == 1
 
 
+async def test_p26_a_request_superseded_before_it_begins_to_look_leaves_nothing_behind(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """P26: ended between its reservation and the first step of its search: refused, not charged, nobody was asked."""
+    engine = world.net.node._engine
+    assert engine is not None
+    admit, endings = engine._admit, []
+
+    async def admitted(*args: Any, **more: Any) -> Any:
+        run = await admit(*args, **more)
+
+        def end() -> None:
+            ending = run.supersede()
+            with contextlib.suppress(StopIteration):
+                ending.send(None)
+            endings.append(ending)
+
+        asyncio.get_running_loop().call_soon(end)  # runs ahead of the task that is started next
+        return run
+
+    monkeypatch.setattr(engine, "_admit", admitted)
+    channel, body = await world.opened(cumulative=20 * UNIT), chat("dev/story", max_tokens=5)
+    reply = await world.buy(body, world.payer.voucher(channel, 20 * UNIT))
+    assert (reply.status, reply.code) == (409, "hold_fenced")
+    for ending in endings:
+        ending.close()
+    assert await owed(world, channel) == 0
+    assert world.net.provider.requests == 0
+
+
 async def test_p26_a_prompt_nobody_can_pay_reaches_no_provider(world: World) -> None:
     """P26: prompt and first token are held before the provider hears of them; the refusal names what would do."""
     channel, body = await world.opened(cumulative=UNIT), chat("dev/story", PROMPT, max_tokens=500)

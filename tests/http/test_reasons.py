@@ -25,6 +25,21 @@ CASES: dict[Reason | NodeReason, Scenario] = {}
 UNREACHABLE: dict[Reason | NodeReason, str] = {
     Reason.AMBIGUOUS_CREDENTIAL: "the first Payment credential counts, as in the reference server; two are no fault",
     NodeReason.NO_PROVIDER: "one provider per model until routing comes: it is configured or the node does not start",
+    **dict.fromkeys(
+        (
+            NodeReason.INVALID_KEY,
+            NodeReason.KEY_REVOKED,
+            NodeReason.KEY_ROTATED,
+            NodeReason.KEY_EXPIRED,
+            NodeReason.INVALID_TOKEN,
+            NodeReason.TOKEN_EXPIRED,
+            NodeReason.ACCOUNT_FORBIDDEN,
+            NodeReason.ACCOUNT_SUSPENDED,
+            NodeReason.LIMIT_REACHED,
+            NodeReason.CAP_REACHED,
+        ),
+        "no route takes API keys or JWTs yet; tests/unit/accounts reach it without one",
+    ),
 }
 
 
