@@ -59,7 +59,8 @@ def build_sales(config: Config, *, clock: Clock, entropy: Callable[[int], bytes]
     def unreadable(problem: str) -> None:
         log("prices.unreadable", level=Level.ERROR, problem=problem)
 
-    shelf = Shelf(config, on_swap=swapped, on_error=unreadable)
+    able = {each.name: PRESETS[each.preset].abilities for each in config.providers if each.preset is not None}
+    shelf = Shelf(config, able=able, on_swap=swapped, on_error=unreadable)
 
     def listings(model: str) -> tuple[Listing, ...]:
         return shelf.current.listings(model)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from channels.instants import UnixSeconds
@@ -15,7 +17,7 @@ from channels.units import Pico
 from mppnode.config.catalog import EVERY_MODEL
 from mppnode.config.schema import Config, ModelConfig, ProviderConfig
 from mppnode.kernel.faults import NodeFault, NodeReason
-from mppnode.kernel.listing import Listing
+from mppnode.kernel.listing import Ability, Listing
 from mppnode.kernel.rates import Rates
 from mppnode.pricing.entries import CatalogError, Entry, read_entries
 
@@ -100,8 +102,12 @@ class Catalog:
         return [names[close] for close in get_close_matches(model.lower()[:256], names, n=_NEAR_MAX)]
 
 
-def build_catalog(config: Config, entries: Iterable[Entry] = ()) -> Catalog:
+def build_catalog(
+    config: Config, entries: Iterable[Entry] = (), *, able: Mapping[str, Ability] = MappingProxyType({})
+) -> Catalog:
     """Join the models of the configuration with the catalog file's entries for the providers that sell from it.
+
+    ``able`` is the most each provider's API can express, by its name: a list may promise more than can be asked there.
 
     What the configuration prices goes before the file's price of the same model at the same provider. A model without
     a price gets no listing, so nothing is ever sold for nothing because a table did not know it.
@@ -122,6 +128,10 @@ def build_catalog(config: Config, entries: Iterable[Entry] = ()) -> Catalog:
                 listings.append(_listed(known[name], provider, _markup(provider, config)))
             else:
                 unpriced.append((provider.name, name))
+    listings = [
+        replace(listing, abilities=listing.abilities & able[listing.provider]) if listing.provider in able else listing
+        for listing in listings
+    ]
     return Catalog(listings, stale_s=config.pricing.stale_s, unpriced=unpriced)
 
 
@@ -183,19 +193,21 @@ class Shelf:
         self,
         config: Config,
         *,
+        able: Mapping[str, Ability] = MappingProxyType({}),
         on_swap: Callable[[Catalog], None] = lambda _: None,
         on_error: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Build the first catalog. Raises ``CatalogError`` when the file is there and cannot be used."""
         self._config = config
+        self._able = able
         self._path = config.pricing.catalog
         self._on_swap = on_swap
         self._on_error = on_error
         self._stamp = _stamp(self._path)
-        self.current = build_catalog(config, () if self._path is None else read_entries(self._path))
+        self.current = build_catalog(config, () if self._path is None else read_entries(self._path), able=able)
 
     def _build(self, path: Path) -> Catalog:
-        return build_catalog(self._config, read_entries(path, required=True))
+        return build_catalog(self._config, read_entries(path, required=True), able=self._able)
 
     async def refresh(self) -> bool:
         """Take up a changed file; whether the catalog was swapped. Read in a thread: a large file takes a while."""

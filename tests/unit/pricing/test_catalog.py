@@ -85,6 +85,15 @@ def test_a_model_without_a_price_is_not_sold() -> None:
     assert (caught.value.reason, caught.value.excluded) == (NodeReason.NO_PROVIDER, {"price_unknown": 1})
 
 
+def test_no_listing_promises_more_than_its_api_can_be_asked() -> None:
+    """A request for what an API has no words for goes to somebody else at once, and not after a refusal."""
+    name = config().providers[0].name
+    (listing,) = build_catalog(config(), [entry()], able={name: Ability.TOOLS}).listings("qwen/x")
+    assert listing.abilities in (Ability.TOOLS, Ability(0))
+    (same,) = build_catalog(config(), [entry()]).listings("qwen/x")
+    assert same.abilities & Ability.TOOLS == listing.abilities
+
+
 def test_other_providers_entries_are_not_sold() -> None:
     """A catalog file may know more providers than the configuration; those are nobody's to sell."""
     assert len(build_catalog(config(), [entry(provider="somebody")])) == 0
