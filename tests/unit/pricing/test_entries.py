@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from channels.instants import UnixSeconds
+from mppnode.config.rates import parse_rate
 from mppnode.kernel.listing import Ability, ProviderKind
 from mppnode.pricing.entries import (
     HISTORY_MAX,
@@ -194,3 +196,19 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(CatalogError, match="free model"):
         write_entries(path, [entry(cost=rates(0, 0, 0))])
     assert not path.exists()
+
+
+def test_the_example_is_the_published_table() -> None:
+    """Models and prices digit for digit as the table has them (seed document of an inference API, "Available Models")."""
+    table = {
+        "meta-llama/Meta-Llama-3.1-70B-Instruct": ("0.59", "0.79"),
+        "meta-llama/Meta-Llama-3.1-8B-Instruct": ("0.055", "0.055"),
+        "meta-llama/Meta-Llama-3.3-70B-Instruct": ("0.59", "0.79"),
+        "mistralai/Mistral-7B-Instruct-v0.3": ("0.055", "0.055"),
+        "Qwen/Qwen2.5-72B-Instruct": ("0.35", "0.40"),
+        "deepinfra/airoboros-70b": ("0.70", "0.70"),
+    }
+    entries = parse_entries(files("mppnode.pricing").joinpath("example_catalog.json").read_bytes())
+    assert {entry.model: (entry.cost.input, entry.cost.output) for entry in entries} == {
+        model: tuple(parse_rate(price) for price in prices) for model, prices in table.items()
+    }
