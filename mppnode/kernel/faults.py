@@ -19,6 +19,17 @@ class NodeReason(StrEnum):
     INVALID_JSON = "invalid_json"
     INVALID_FIELD = "invalid_field"
     UNKNOWN_MODEL = "unknown_model"
+    # who asks, and what they may
+    INVALID_KEY = "invalid_api_key"
+    KEY_REVOKED = "api_key_revoked"
+    KEY_ROTATED = "api_key_rotated"
+    KEY_EXPIRED = "api_key_expired"
+    INVALID_TOKEN = "invalid_token"
+    TOKEN_EXPIRED = "token_expired"
+    ACCOUNT_FORBIDDEN = "account_forbidden"
+    ACCOUNT_SUSPENDED = "account_suspended"
+    LIMIT_REACHED = "limit_reached"
+    CAP_REACHED = "cap_reached"
     # whether we can take it now
     SHUTTING_DOWN = "shutting_down"
     OVERLOADED = "overloaded"

@@ -17,6 +17,7 @@ LEVELS = {
     "mppnode.chain": 3,
     "mppnode.providers": 3,
     "mppnode.gateways": 3,
+    "mppnode.accounts": 4,
     "mppnode.routing": 4,
     "mppnode.metering": 4,
     "mppnode.pricing": 4,

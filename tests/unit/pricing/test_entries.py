@@ -199,7 +199,7 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
 
 
 def test_the_example_is_the_published_table() -> None:
-    """Models and prices digit for digit as the table has them (seed document of an inference API, "Available Models")."""
+    """Models and prices digit for digit as the table has them (of an inference API, "Available Models")."""
     table = {
         "meta-llama/Meta-Llama-3.1-70B-Instruct": ("0.59", "0.79"),
         "meta-llama/Meta-Llama-3.1-8B-Instruct": ("0.055", "0.055"),
