@@ -7,6 +7,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -149,3 +150,64 @@ def test_after_all_that_the_channel_still_pays(rig: Rig) -> None:
     reply = rig.runner.run(world.send(None, sealed_json(rig.documents[0])))
     assert reply.status == 204
     assert rig.runner.run(world.account(rig.channel)).chain.deposit == DEPOSIT
+
+
+ROUTING = (
+    "model", "models", "provider", "routing", "routing_strategy", "allow_external", "prompt_cache_key", "tools", "logprobs",
+    "max_input_price_per_million", "max_output_price_per_million", "response_format", "n", "stream_options", "messages",
+)  # fmt: skip
+NAMES = st.sampled_from(["auto", "dev/story", "dev/story:floor", "dev/story:nitro", "dev/echo", "x", "", "a:b:floor", ":nitro"])
+PROVIDER = st.fixed_dictionaries(
+    {},
+    optional={
+        "order": st.lists(NAMES | JSON, max_size=3) | JSON,
+        "only": st.lists(st.sampled_from(["dev", "x"]), max_size=2) | JSON,
+        "sort": st.sampled_from(["price", "throughput", "latency"]) | JSON,
+        "max_price": st.dictionaries(st.sampled_from(["prompt", "completion", "x"]), JSON, max_size=2) | JSON,
+        "allow_fallbacks": JSON,
+    },
+)
+
+
+@QUICK
+@given(data=st.data())
+def test_bent_routing(rig: Rig, data: st.DataObject) -> None:
+    """Routing fields of every kind, for a quote and for a price: an answer or a refusal, never a mistake."""
+    body = chat(data.draw(NAMES), max_tokens=5)
+    for name in data.draw(st.lists(st.sampled_from(ROUTING), max_size=3, unique=True)):
+        value = {"model": NAMES, "models": st.lists(NAMES, max_size=4), "provider": PROVIDER}.get(name, JSON)
+        body[name] = data.draw(value | JSON)
+
+    async def run() -> None:
+        world = rig.world
+        before = await world.state()
+        try:
+            sent = json.dumps(body, allow_nan=True).encode()
+        except UnicodeEncodeError:
+            return
+        offer = await world.send(sent, None, path="/v1/quote")
+        price = await world.send(sent, None)
+        assert offer.status in {200, 400, 404, 503}, (offer.status, offer.body)
+        assert price.status in {400, 402, 404, 503}, (price.status, price.body)
+        # What can be quoted can be bought, and what cannot is refused for the same reason.
+        assert (offer.status == 200) == (price.status == 402), (offer.body, price.body)
+        if offer.status != 200:
+            assert (offer.status, offer.code) == (price.status, price.code)
+        assert world.log.bugs == []
+        assert await world.state() == before
+
+    rig.runner.run(run())
+
+
+@QUICK
+@given(name=st.text(max_size=60), health=st.booleans())
+def test_bent_model_names_in_paths(rig: Rig, name: str, health: bool) -> None:
+    """Any name in the path of a model, with slashes or percent signs: found, or not found."""
+    path = "/v1/models/" + quote(name, safe="/") + ("/health" if health else "")
+
+    async def run() -> None:
+        reply = await rig.world.send(None, None, method="GET", path=path)
+        assert reply.status in {200, 404, 400}, (path, reply.status, reply.body)
+        assert rig.world.log.bugs == []
+
+    rig.runner.run(run())
