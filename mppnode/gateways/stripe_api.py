@@ -19,7 +19,7 @@ import stripe
 
 from mppnode.config.secrets import Secret
 from mppnode.gateways.stripe_faults import StripeFault, StripeFaultKind, safe_code
-from mppnode.gateways.stripe_http import REPLAYED, StripeHttp, StripeLimits
+from mppnode.gateways.stripe_http import DUPLICATE_METER_EVENT, REPLAYED, StripeHttp, StripeLimits
 from mppnode.gateways.stripe_objects import (
     BadShapeError,
     Dispute,
@@ -306,8 +306,8 @@ class StripeGateway:
 
     async def report_usage(
         self, *, event_name: str, identifier: str, customer: str, value: int, timestamp: int
-    ) -> None:
-        """Report ``value`` units used at ``timestamp`` (Unix seconds) to a meter, once per ``identifier``.
+    ) -> bool:
+        """Report ``value`` units used at ``timestamp`` (Unix seconds) to a meter; false when ``identifier`` was there.
 
         Stripe remembers an identifier for at least a day and no longer; older ones must be compared with
         :meth:`reported_usage` first. It takes times of the last 35 days.
@@ -317,19 +317,22 @@ class StripeGateway:
             raise ValueError(f"value must be from 0 to {METER_VALUE_MAX}")
         if _IDENTIFIER.fullmatch(identifier) is None:
             raise ValueError("identifier must be 1 to 100 printable characters")
-        made, _ = await _post(
-            self._api.billing.meter_events.create_async(
-                {
-                    "event_name": event_name,
-                    "identifier": identifier,
-                    "timestamp": timestamp,
-                    "payload": {"stripe_customer_id": customer, "value": str(value)},
-                },
-                _options("meter", f"identifier-{identifier}"),
-            )
-        )
+        params: stripe.params.billing.MeterEventCreateParams = {
+            "event_name": event_name,
+            "identifier": identifier,
+            "timestamp": timestamp,
+            "payload": {"stripe_customer_id": customer, "value": str(value)},
+        }
+        options = _options("meter", f"identifier-{identifier}")
+        try:
+            made, replayed = await _post(self._api.billing.meter_events.create_async(params, options))
+        except StripeFault as fault:
+            if fault.code == DUPLICATE_METER_EVENT:
+                return False
+            raise
         if made.raw("identifier") != identifier:
             raise StripeFault(_UNKNOWN, "another_event")
+        return not replayed
 
     async def find_meter(self, event_name: str) -> str | None:
         """The id of the active meter that counts ``event_name``."""

@@ -23,6 +23,9 @@ from mppnode.observe.logs import Level, Log
 
 REPLAYED: Final = "Idempotent-Replayed"
 """The header with which Stripe says that an answer is the saved one of an earlier request with the same key."""
+DUPLICATE_METER_EVENT: Final = "duplicate_meter_event"
+# Seen with and without the code; a duplicate that is taken for a mistake would stop an outbox for good.
+_DUPLICATE_TEXT: Final = "An event already exists with identifier"
 _SHOULD_RETRY: Final = "Stripe-Should-Retry"
 _KEPT: Final = ("Request-Id", REPLAYED)
 # Machine, operating system and timings of earlier calls: nothing Stripe needs to do what it is asked.
@@ -165,6 +168,8 @@ def _refusal(
     error = (parsed or {}).get("error")
     error = error if isinstance(error, dict) else {}
     code = safe_code(error.get("code")) or safe_code(error.get("type")) or f"http_{status}"
+    if str(error.get("message")).startswith(_DUPLICATE_TEXT):
+        code = DUPLICATE_METER_EVENT
     again = status in {_CONFLICT, _TOO_MANY} or status >= _BROKEN
     if should_retry in {"true", "false"}:
         again = should_retry == "true"
