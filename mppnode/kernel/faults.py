@@ -24,8 +24,8 @@ class NodeReason(StrEnum):
     KEY_REVOKED = "api_key_revoked"
     KEY_ROTATED = "api_key_rotated"
     KEY_EXPIRED = "api_key_expired"
-    INVALID_TOKEN = "invalid_token"
-    TOKEN_EXPIRED = "token_expired"
+    INVALID_TOKEN = "invalid_token"  # noqa: S105 - a reason
+    TOKEN_EXPIRED = "token_expired"  # noqa: S105 - a reason
     ACCOUNT_FORBIDDEN = "account_forbidden"
     ACCOUNT_SUSPENDED = "account_suspended"
     LIMIT_REACHED = "limit_reached"
