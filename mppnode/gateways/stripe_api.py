@@ -407,8 +407,9 @@ async def _call(request: Coroutine[Any, Any, Any], lost: StripeFaultKind) -> tup
     try:
         answer = (await request).last_response
         return Fields(answer.data, "answer"), answer.headers.get(REPLAYED) == "true"
-    except (stripe.StripeError, BadShapeError):
-        # Refusals are faults already; this is an answer the package or we could not read.
+    except (stripe.StripeError, AttributeError, LookupError, TypeError, ValueError):
+        # Refusals are faults already; this is an answer the package or we could not read, and the package's classes
+        # fail in whatever way the first thing they try on a strange answer fails.
         raise StripeFault(lost, "unreadable_answer") from None
 
 

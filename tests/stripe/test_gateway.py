@@ -312,6 +312,38 @@ async def test_an_answer_about_another_payment_is_not_success(bench: Bench, chan
     assert (await fault_of(bench.charge(customer))).kind is kind
 
 
+ODD: list[dict[str, Any]] = [
+    {}, {"object": "list"}, {"object": "list", "data": 7}, {"object": "list", "data": [7], "has_more": False}, {"object": "list", "data": [], "has_more": "no"},
+    {"object": 7}, {"object": []}, {"object": "payment_intent", "metadata": 7}, {"object": "customer", "sources": [[[]]], "id": {}}, {"error": "no"},
+    {"object": "v2.core.event", "data": [], "type": 7}, {"object": "v2.core.event", "type": "v1.billing.meter.error_report_triggered", "data": 7},
+    {"object": "list", "data": [{"object": "list", "data": {"object": "event"}}], "url": 7, "has_more": False}, {"deleted": "yes", "object": "account"},
+    {"object": "billing.meter_event_summary", "aggregated_value": 1.5}, {"object": "list", "data": [{"id": "mes_1", "aggregated_value": 1.5}], "has_more": False},
+]
+
+
+@pytest.mark.parametrize("answer", ODD, ids=str)
+async def test_an_answer_of_any_shape_ends_in_a_fault(bench: Bench, answer: dict[str, Any]) -> None:
+    """Whatever stands between the node and Stripe answers, the caller sees one kind of fault."""
+    customer = await bench.customer()
+    event = bench.peer.add("v2.core.event", "evt")
+    bench.peer.override = lambda _: answer
+    span = {"meter": "mtr_1", "customer": customer, "since": NOW, "until": NOW + 60}
+    usage = {"event_name": "usage", "identifier": "row-1", "customer": customer, "value": 1, "timestamp": NOW}
+    reads: list[Awaitable[Any]] = [
+        bench.stripe.start(livemode=False), bench.stripe.payments(NOW, NOW + 9), bench.stripe.meter_errors(event["id"]), bench.stripe.reported_usage(**span),
+        bench.stripe.payment(customer),
+    ]
+    writes: list[Awaitable[Any]] = [
+        bench.charge(customer), bench.stripe.create_customer(WHY, email=None, key="customer-2"), bench.stripe.report_usage(**usage),
+        bench.stripe.open_portal(customer=customer, return_url=PAGES["success_url"], key="portal-1"),
+        bench.stripe.save_card(WHY, customer=customer, key="card-key-1", **PAGES),
+    ]
+    for read in reads:
+        assert (await fault_of(read)).kind is Kind.UNREACHABLE
+    for write in writes:
+        assert (await fault_of(write)).kind is Kind.OUTCOME_UNKNOWN
+
+
 async def test_what_stripe_refuses_is_told_apart(bench: Bench) -> None:
     """A refused key and an invalid request are not repeated, and are different faults."""
     wrong = bench.gateway(secret="sk_test_wrongWrongWrongWrong")

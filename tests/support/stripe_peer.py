@@ -221,7 +221,9 @@ class StripePeer:
                 return web.Response(body=b'{"a":"' + b"x" * 6_000_000 + b'"}')
         if self.override is not None and status == 200:
             body = self.override(body)
-        return web.json_response(body, status=status, headers={"Idempotent-Replayed": "true"} if replayed else {})
+        # A notice is for developers at a terminal: the package would raise a warning in the middle of a payment.
+        headers = {"Stripe-Notice": "a notice", **({"Idempotent-Replayed": "true"} if replayed else {})}
+        return web.json_response(body, status=status, headers=headers)
 
     @staticmethod
     def _hang_up(request: web.Request) -> web.Response:
