@@ -8,6 +8,7 @@ taken: anything else is refused like an unknown name.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 import json
@@ -129,6 +130,10 @@ class Mishap(Enum):
     BUSY = auto()
     BROKEN = auto()
     """500 without an effect."""
+    BROKEN_FOR_GOOD = auto()
+    """500 without an effect, with the word that a repeat will not help."""
+    LOCKED_OUT = auto()
+    """401: the key was revoked."""
     BROKEN_AFTER = auto()
     """500 after the effect, saved under the key like any other answer."""
     IN_USE = auto()
@@ -201,10 +206,18 @@ class StripePeer:
         key = request.headers.get("Idempotency-Key")
         self.seen.append(Seen(request.method, request.path, params, key, dict(request.headers)))
         mishap = self.mishaps.popleft() if self.mishaps else None
-        refused = {Mishap.BUSY: (429, "rate_limit"), Mishap.BROKEN: (500, None), Mishap.IN_USE: (409, "idempotency_key_in_use")}
+        refused = {
+            Mishap.BUSY: (429, "rate_limit"),
+            Mishap.BROKEN: (500, None),
+            Mishap.BROKEN_FOR_GOOD: (500, None),
+            Mishap.IN_USE: (409, "idempotency_key_in_use"),
+            Mishap.LOCKED_OUT: (401, "api_key_expired"),
+        }
         if mishap in refused:
             status, code = refused[mishap]
-            return web.json_response({"error": {"type": "api_error", "code": code, "message": f"upstream text {KEY}"}}, status=status)
+            headers = {"Stripe-Should-Retry": "false"} if mishap is Mishap.BROKEN_FOR_GOOD else {}
+            error = {"type": "api_error", "code": code, "message": f"upstream text {KEY}"}
+            return web.json_response({"error": error}, status=status, headers=headers)
         if mishap is Mishap.LOSE_REQUEST:
             return self._hang_up(request)
         if mishap is Mishap.REDIRECT:
@@ -218,7 +231,7 @@ class StripePeer:
             case Mishap.GARBAGE:
                 return web.Response(text="<html>a proxy's page</html>")
             case Mishap.HUGE:
-                return web.Response(body=b'{"a":"' + b"x" * 6_000_000 + b'"}')
+                return await self._endless(request)
         if self.override is not None and status == 200:
             body = self.override(body)
         # A notice is for developers at a terminal: the package would raise a warning in the middle of a payment.
@@ -230,6 +243,15 @@ class StripePeer:
         assert request.transport is not None
         request.transport.abort()
         return web.Response()
+
+    @staticmethod
+    async def _endless(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse()
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await response.write(b"x" * 65_536)
+        return response
 
     def _answer(
         self, request: web.Request, params: dict[str, str], key: str | None, *, break_after: bool

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -311,3 +313,9 @@ def test_no_secret_is_in_a_refusal_or_a_repr() -> None:
         assert SECRET not in text
         assert "canary-value" not in text
         assert HEADER.rpartition("=")[2] not in text
+
+
+def test_webhooks_need_no_package() -> None:
+    """A node without the extra can read its settings and webhooks: the package is for calls alone."""
+    code = "import sys, mppnode.gateways.stripe_events, mppnode.config.billing; print('stripe' in sys.modules)"
+    assert subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
