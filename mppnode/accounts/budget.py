@@ -8,7 +8,7 @@ moment it is charged in. That makes one invariant enough: in each window, spent 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import StrEnum
 from types import MappingProxyType
@@ -45,7 +45,7 @@ class Budget:
     spent_day: Pico = Pico(0)
     spent_month: Pico = Pico(0)
     spent_total: Pico = Pico(0)
-    holds: Mapping[str, Pico] = _NO_HOLDS
+    holds: Mapping[str, Pico] = field(default_factory=lambda: _NO_HOLDS)
     """By request. The number of them is how many run at once."""
 
     @property

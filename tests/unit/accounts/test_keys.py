@@ -38,9 +38,11 @@ HOSTILE = (
 def test_a_new_key_parses_to_its_own_digest(secret: bytes) -> None:
     """What is shown once is what is recognised afterwards, and the prefix is the beginning of it and no more."""
     made = new_key(lambda size: secret[:size])
-    assert is_key(made.text) and len(made.text) == 55
+    assert is_key(made.text)
+    assert len(made.text) == 55
     assert parse_key(made.text) == made.digest
-    assert made.text.startswith(made.prefix) and len(made.prefix) == 13
+    assert made.text.startswith(made.prefix)
+    assert len(made.prefix) == 13
 
 
 @given(secret=SECRETS, at=st.integers(0, 47), to=st.sampled_from(ALPHABET))
