@@ -122,7 +122,8 @@ async def test_a_slow_issuer_holds_up_one_request_and_not_all() -> None:
     issuer.gate = asyncio.Event()
     first = asyncio.ensure_future(issuer.keys.key("a"))
     await asyncio.sleep(0)
-    assert await issuer.keys.key("a") == "A"
+    async with asyncio.timeout(5):  # fails instead of hanging
+        assert await issuer.keys.key("a") == "A"
     assert not first.done()
     issuer.gate.set()
     assert await first == "A"

@@ -84,6 +84,18 @@ def test_unused_tokens_come_back_only_once() -> None:
     assert settle(crowded, limits, taken, 0, at(60_000_000)).tokens.level == 60 * MINUTE_US
 
 
+def test_a_hold_sinks_by_what_others_get_back() -> None:
+    """What was given back below a hold moves it down: it has leaked out sooner, and is not given back on top."""
+    bucket, below = take(Bucket(), 40, 60, at(0), Bound.TOKENS)
+    bucket, above = take(bucket, 20, 60, at(0), Bound.TOKENS)
+    assert isinstance(below, Taken)
+    assert isinstance(above, Taken)
+    bucket = correct(bucket, below, 0, 60, at(0))
+    bucket, third = take(bucket, 60, 60, at(20_000_000), Bound.TOKENS)
+    assert isinstance(third, Taken)
+    assert correct(bucket, above, 0, 60, at(20_000_000)).level == 60 * MINUTE_US
+
+
 def test_more_than_was_taken_is_waited_for() -> None:
     """An answer that took more than was reserved delays the next one."""
     bucket, taken = take(Bucket(), 5, 10, at(0), Bound.TOKENS)
