@@ -8,8 +8,7 @@ from enum import StrEnum
 from typing import Final
 
 from channels.instants import UnixSeconds
-from mppnode.accounts.bearer import Identity
-from mppnode.accounts.model import TRUST_NAME, Account, ApiKey, RateLimits, Routing, SpendCaps
+from mppnode.accounts.model import TRUST_NAME, Account, ApiKey, Identity, RateLimits, Routing, SpendCaps
 from mppnode.kernel.faults import NodeFault, NodeReason
 
 _HEADER: Final = "X-Trust"

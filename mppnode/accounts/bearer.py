@@ -22,7 +22,7 @@ import jwt
 from jwt.api_jws import PyJWS
 
 from channels.instants import UnixSeconds
-from mppnode.accounts.model import TRUST_NAME
+from mppnode.accounts.model import TRUST_NAME, Identity
 from mppnode.kernel.faults import NodeFault, NodeReason
 from mppnode.kernel.strict_input import parse_object
 
@@ -85,15 +85,6 @@ class TokenPolicy:
             raise ValueError("issuer and audience must not be empty")
         if not 0 <= self.leeway_s <= LEEWAY_S_MAX:
             raise ValueError(f"leeway_s must be from 0 to {LEEWAY_S_MAX}")
-
-
-@dataclass(frozen=True, slots=True)
-class Identity:
-    """Who a verified token is about, which accounts it may use, and the first second in which it may not any more."""
-
-    subject: str
-    trusts: tuple[str, ...]
-    valid_until: UnixSeconds
 
 
 def shared_secret(secret: bytes) -> PinnedKey:

@@ -153,3 +153,12 @@ class Account(Routing):
         Routing.__post_init__(self)
         if TRUST_NAME.fullmatch(self.trust) is None:
             raise ValueError("trust must be 1 to 255 visible ASCII characters")
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who a verified token is about, which accounts it may use, and the first second in which it may not any more."""
+
+    subject: str
+    trusts: tuple[str, ...]
+    valid_until: UnixSeconds

@@ -13,6 +13,8 @@ SOURCES = sorted([*ROOT.glob("channels/**/*.py"), *ROOT.glob("mppnode/**/*.py")]
 MONEY = [ROOT / "channels" / name for name in ("units.py", "model.py", "account.py", "policy.py", "verify.py", "voucher.py")] + [
     *ROOT.glob("mppnode/ledger/*.py"),
     *ROOT.glob("mppnode/pricing/*.py"),
+    *ROOT.glob("mppnode/accounts/*.py"),
+    ROOT / "mppnode/kernel/rates.py",
     *ROOT.glob("mppnode/treasury/*.py"),
     ROOT / "mppnode/metering/tally.py",
     ROOT / "mppnode/rails/session.py",

@@ -11,8 +11,8 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 
 from channels.instants import UnixSeconds
-from mppnode.accounts.bearer import Identity, PinnedKey, TokenPolicy, verify
-from mppnode.accounts.model import Account, AccountKind, ApiKey
+from mppnode.accounts.bearer import PinnedKey, TokenPolicy, verify
+from mppnode.accounts.model import Account, AccountKind, ApiKey, Identity
 from mppnode.kernel.faults import NodeFault, NodeReason
 from mppnode.kernel.keys import new_key
 

@@ -10,8 +10,7 @@ import pytest
 from channels.instants import UnixSeconds
 from channels.units import Pico
 from mppnode.accounts.access import Access, TrustRule, admit_identity, admit_key, select_trust, widened
-from mppnode.accounts.bearer import Identity
-from mppnode.accounts.model import CONCURRENCY_MAX, Postpaid, Prepaid, RateLimits, SpendCaps
+from mppnode.accounts.model import CONCURRENCY_MAX, Identity, Postpaid, Prepaid, RateLimits, SpendCaps
 from mppnode.http.problem import STATUS
 from mppnode.kernel.faults import NodeReason
 from mppnode.kernel.listing import Ability

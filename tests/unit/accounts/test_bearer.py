@@ -14,7 +14,8 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mppnode.accounts.bearer import Identity, PinnedKey, TokenPolicy, key_id, parse_jwks, shared_secret
+from mppnode.accounts.bearer import PinnedKey, TokenPolicy, key_id, parse_jwks, shared_secret
+from mppnode.accounts.model import Identity
 from mppnode.kernel.faults import NodeFault, NodeReason
 from tests.unit.accounts.kit import (
     CLAIMS,
