@@ -89,6 +89,7 @@ class PaidStream:
         "_timer_at",
         "_tokens_max",
         "_unfinished",
+        "_unpaid_since",
         "_unsent",
         "_upstream",
         "_upstream_ended",
@@ -145,6 +146,7 @@ class PaidStream:
         self._timer: asyncio.TimerHandle | None = None
         self._timer_at = 0.0
         self._starved_since: float | None = None
+        self._unpaid_since: float | None = None
         self._stalled_since: float | None = None
         self._ending: asyncio.Future[Ending] = self._loop.create_future()
         self.first_chunk: bytes | None = None
@@ -332,6 +334,8 @@ class PaidStream:
         if self._starved_since is not None and not starved:
             self.starved_s += now - self._starved_since
         self._starved_since = (self._starved_since or now) if starved else None
+        # A slow ledger starves a stream too; only when it has answered is it the payer whose patience is measured.
+        self._unpaid_since = (self._unpaid_since or now) if starved and self._tab.starved else None
         moved, self._seen_pico = self._drained_pico > self._seen_pico, self._drained_pico
         fresh = self._stalled_since is None or (moved and not full)  # slow is not stalled
         self._stalled_since = (now if fresh else self._stalled_since) if stalled else None
@@ -365,8 +369,8 @@ class PaidStream:
         """Keep one timer, at the earliest moment something may be due; it reschedules itself lazily."""
         limits = self._limits
         due = min(self._silent_since + limits.heartbeat_s, self._over_at)
-        if self._starved_since is not None:
-            due = min(due, self._starved_since + limits.voucher_wait_s)
+        if self._unpaid_since is not None:
+            due = min(due, self._unpaid_since + limits.voucher_wait_s)
         if self._stalled_since is not None:
             due = min(due, self._loop.time() + _DRAIN_POLL_S)
         if self._timer is not None:
@@ -387,7 +391,7 @@ class PaidStream:
             self._fail(UpstreamFault("timeout", detail="the stream took longer than any may"))
         elif self._stalled_since is not None and now - self._stalled_since >= limits.stall_s:
             self._end(Ending.STALLED)
-        elif self._starved_since is not None and now - self._starved_since >= limits.voucher_wait_s:
+        elif self._unpaid_since is not None and now - self._unpaid_since >= limits.voucher_wait_s:
             self._end(Ending.UNPAID)
         else:
             if now - self._silent_since >= limits.heartbeat_s and self._sink.buffered() == 0:

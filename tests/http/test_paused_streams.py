@@ -14,11 +14,13 @@ from pathlib import Path
 import pytest
 
 from channels.descriptor import ChainSnapshot
-from channels.model import Open, Voucher
+from channels.ids import ChannelId
+from channels.model import Command, Open, Outcome, Plan, Renew, Voucher
 from channels.units import Units
 from mppnode.cli.devnet import DevnetOptions
 from mppnode.config.schema import LimitsConfig, SessionConfig
 from mppnode.engine.stream import PaidStream
+from mppnode.ledger.books import Books
 from tests.http.test_stream_traps import COVERED, LONG, PROTOCOLS, impatient, owed, quiet
 from tests.support.http_client import PATH, TOKEN_UNITS, UNIT, Channel, World, chat, cost, new_world
 
@@ -76,6 +78,24 @@ async def test_p25_waiting_streams_end_after_their_deadline() -> None:
             assert chunks[-1]["mppnode"] == {"ended": "unpaid"}
         assert {await owed(world, channel) for channel in channels} == {cost(COVERED, 1)}
         assert world.net.provider.live == 0
+
+
+async def test_p25_a_slow_ledger_is_not_an_unpaid_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """P25: while the node's own books are slow nobody owes a voucher, however long a renewal takes."""
+    apply = Books.apply
+
+    async def slow(self: Books, channel: ChannelId, command: Command) -> Plan[Outcome]:
+        if isinstance(command, Renew):
+            await asyncio.sleep(0.2)
+        return await apply(self, channel, command)
+
+    monkeypatch.setattr(Books, "apply", slow)
+    async with impatient(wait_s=0.05) as world:
+        channel, body = world.payer.channel(), LONG()
+        async with world.stream(body, await world.pay(world.payer.open(channel), body)) as stream:
+            await stream.rest()
+        assert stream.text_chunks == COVERED
+        assert stream.chunks[-1]["mppnode"] == {"ended": "unpaid"}
 
 
 async def _known(world: World, channel: Channel) -> None:
