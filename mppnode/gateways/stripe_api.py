@@ -24,10 +24,14 @@ from mppnode.gateways.stripe_objects import (
     BadShapeError,
     Dispute,
     Fields,
+    Invoice,
+    InvoicePayment,
     Payment,
     Purpose,
     Refund,
     read_dispute,
+    read_invoice,
+    read_invoice_payment,
     read_payment,
     read_refund,
 )
@@ -210,6 +214,52 @@ class StripeGateway:
         )
         return _read(lambda: made.url("url"), _UNKNOWN)
 
+    async def set_default_card(self, *, customer: str, payment_method: str, key: str) -> None:
+        """Have invoices of ``customer`` charged to a card that was saved for it. Source: docs.stripe.com/api/customers.
+
+        Raises:
+            StripeFault: ``INVALID`` when the card is not this customer's.
+        """
+        params: stripe.params.CustomerUpdateParams = {"invoice_settings": {"default_payment_method": payment_method}}
+        made, _ = await _post(self._api.customers.update_async(customer, params, _options("default-card", key)))
+        now = _read(lambda: (made.id(), made.inner("invoice_settings").ref("default_payment_method")), _UNKNOWN)
+        if now != (customer, payment_method):
+            raise StripeFault(_UNKNOWN, "another_card")
+
+    async def subscribe(
+        self, purpose: Purpose, *, customer: str, price: str, key: str, threshold_cents: int | None
+    ) -> str:
+        """Bill ``customer`` for what a meter counts, at a metered price, and return the subscription's id.
+
+        Stripe charges the customer's default card (:meth:`set_default_card`) at the end of each period, and before it
+        when ``threshold_cents`` are due. Its invoices carry the purpose, their PaymentIntents do not.
+
+        Raises:
+            StripeFault: ``DECLINED`` when something was due at once and the card refused; nothing is left behind then.
+
+        Source: docs.stripe.com/api/subscriptions/create.
+        """
+        params: stripe.params.SubscriptionCreateParams = {
+            "customer": customer,
+            "items": [{"price": price}],  # no quantity: the meter has it
+            "metadata": purpose.metadata(),
+            "collection_method": "charge_automatically",
+            "off_session": True,
+            # The default leaves an incomplete subscription behind, which bills nothing and expires within a day.
+            "payment_behavior": "error_if_incomplete",
+        }
+        if threshold_cents is not None:
+            _check_cents(threshold_cents)
+            params["billing_thresholds"] = {"amount_gte": threshold_cents}
+        made, _ = await _post(self._api.subscriptions.create_async(params, _options("subscribe", key)))
+        ident, status, whom = _read(lambda: (made.id(), made.token("status"), made.must_ref("customer")), _UNKNOWN)
+        prices = _read(lambda: [item.must_ref("price") for item in made.inner("items").items("data")], _UNKNOWN)
+        if (whom, prices) != (customer, [price]):
+            raise StripeFault(_UNKNOWN, "another_subscription")
+        if status != "active":
+            raise StripeFault(_UNKNOWN, "unexpected_status")
+        return ident
+
     async def charge(self, purpose: Purpose, *, customer: str, payment_method: str, cents: int, key: str) -> Charge:
         """Charge a card on file without its owner present.
 
@@ -303,6 +353,38 @@ class StripeGateway:
             return self._api.disputes.list_async(params)
 
         return await self._all(page, read_dispute)
+
+    async def invoices(self, since: int, until: int) -> tuple[Invoice, ...]:
+        """The paid invoices made from ``since`` to before ``until`` (Unix seconds), newest first.
+
+        An invoice is made before it is paid: ask again for a period that had unpaid ones.
+        """
+
+        def page(after: str | None) -> Coroutine[Any, Any, stripe.ListObject[stripe.Invoice]]:
+            params: stripe.params.InvoiceListParams = {
+                "limit": _PAGE,
+                "status": "paid",
+                "created": {"gte": since, "lt": until},
+            }
+            if after is not None:
+                params["starting_after"] = after
+            return self._api.invoices.list_async(params)
+
+        return await self._all(page, read_invoice)
+
+    async def payments_of(self, invoice: str) -> tuple[InvoicePayment, ...]:
+        """The payments an invoice was paid with, newest first. Source: docs.stripe.com/api/invoice-payment/list."""
+
+        def page(after: str | None) -> Coroutine[Any, Any, stripe.ListObject[stripe.InvoicePayment]]:
+            params: stripe.params.InvoicePaymentListParams = {"limit": _PAGE, "invoice": invoice, "status": "paid"}
+            if after is not None:
+                params["starting_after"] = after
+            return self._api.invoice_payments.list_async(params)
+
+        found = await self._all(page, read_invoice_payment)
+        if any(payment.invoice != invoice for payment in found):
+            raise StripeFault(StripeFaultKind.UNREACHABLE, "another_invoice")
+        return found
 
     async def report_usage(
         self, *, event_name: str, identifier: str, customer: str, value: int, timestamp: int

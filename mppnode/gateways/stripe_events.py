@@ -22,7 +22,15 @@ from typing import Any, Final
 from channels.faults import ChannelFault
 from channels.instants import parse_rfc3339
 from mppnode.config.secrets import Secret
-from mppnode.gateways.stripe_objects import BadShapeError, Fields, Tags, read_dispute, read_payment, read_tags
+from mppnode.gateways.stripe_objects import (
+    BadShapeError,
+    Fields,
+    Tags,
+    read_dispute,
+    read_invoice,
+    read_payment,
+    read_tags,
+)
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.faults import NodeFault
 from mppnode.kernel.strict_input import parse_object
@@ -168,6 +176,35 @@ class DisputeLost:
 
 
 @dataclass(frozen=True)
+class InvoicePaid:
+    """An invoice is settled, with ``amount`` of money; 0 where nothing was due, or too little to charge.
+
+    Which payments it was is asked for with ``payments_of``: the invoice does not name them.
+    """
+
+    invoice: str
+    customer: str
+    amount: int
+    currency: str
+    subscription: str | None
+
+
+@dataclass(frozen=True)
+class InvoiceFailed:
+    """An attempt to charge for an invoice failed; ``amount`` is still to be paid, and Stripe may try again.
+
+    ``code`` is of the invoice itself. Why the bank said no is told by the failed payment, in an event of its own.
+    """
+
+    invoice: str
+    customer: str
+    amount: int
+    currency: str
+    attempts: int
+    code: str | None
+
+
+@dataclass(frozen=True)
 class CustomerDeleted:
     """A customer and its cards are gone from Stripe."""
 
@@ -197,6 +234,8 @@ Happening = (
     | DisputeOpened
     | DisputeWon
     | DisputeLost
+    | InvoicePaid
+    | InvoiceFailed
     | CustomerDeleted
     | MeterErrors
     | Ignored
@@ -429,6 +468,26 @@ def _dispute_closed(_: str, fields: Fields) -> Happening:
             raise BadShapeError("event.data.object.status", "is not one a closed dispute has")
 
 
+def _invoice_paid(kind: str, fields: Fields) -> Happening:
+    found = read_invoice(fields)
+    if found.status != "paid":
+        raise BadShapeError("event.data.object.status", "is not paid")
+    if found.amount_remaining != 0:
+        raise BadShapeError("event.data.object.amount_remaining", "is not 0 although it is paid")
+    if found.customer is None:
+        return Ignored(kind)  # of an account of Stripe's own kind: no customer a node made
+    return InvoicePaid(found.id, found.customer, found.amount_paid, found.currency, found.subscription)
+
+
+def _invoice_failed(kind: str, fields: Fields) -> Happening:
+    found = read_invoice(fields)
+    error = fields.inner("last_finalization_error") if fields.raw("last_finalization_error") is not None else None
+    code = error.maybe_token("code") if error else None
+    if found.customer is None:
+        return Ignored(kind)
+    return InvoiceFailed(found.id, found.customer, found.amount_remaining, found.currency, found.attempts, code)
+
+
 def _customer_deleted(_: str, customer: Fields) -> Happening:
     return CustomerDeleted(customer.id())
 
@@ -447,6 +506,8 @@ _READERS: Final[Mapping[str, Callable[[str, Fields], Happening]]] = MappingProxy
         # An inquiry that became a dispute is told by this one: it was "created" long ago, without money.
         "charge.dispute.funds_withdrawn": _dispute_opened,
         "charge.dispute.closed": _dispute_closed,
+        "invoice.paid": _invoice_paid,
+        "invoice.payment_failed": _invoice_failed,
         "customer.deleted": _customer_deleted,
     }
 )

@@ -276,3 +276,76 @@ def read_dispute(fields: Fields) -> Dispute:
         charge=fields.must_ref("charge"),
         created=fields.whole("created"),
     )
+
+
+@dataclass(frozen=True)
+class Invoice:
+    """An invoice: what it asked for, what it got, and what is still to be paid, in the currency's smallest unit.
+
+    None of the three is the usage it is about: Stripe moves amounts that are too small to charge, and what customers
+    have to their credit, from one invoice to the next.
+    """
+
+    id: str
+    status: str | None
+    customer: str | None
+    amount_due: int
+    amount_paid: int
+    amount_remaining: int
+    currency: str
+    subscription: str | None
+    attempts: int
+    created: int
+
+
+def read_invoice(fields: Fields) -> Invoice:
+    """Read an Invoice. Raises :class:`BadShapeError`. Source: docs.stripe.com/api/invoices/object."""
+    subscription = None
+    if fields.raw("parent") is not None:
+        parent = fields.inner("parent")
+        if parent.token("type") == "subscription_details":
+            subscription = parent.inner("subscription_details").must_ref("subscription")
+    return Invoice(
+        id=fields.id(),
+        status=fields.maybe_token("status"),
+        customer=fields.ref("customer"),
+        amount_due=fields.whole("amount_due"),
+        amount_paid=fields.whole("amount_paid"),
+        amount_remaining=fields.whole("amount_remaining"),
+        currency=fields.currency(),
+        subscription=subscription,
+        attempts=fields.whole("attempt_count"),
+        created=fields.whole("created"),
+    )
+
+
+@dataclass(frozen=True)
+class InvoicePayment:
+    """Money that was paid for an invoice, in the currency's smallest unit.
+
+    ``payment`` is the PaymentIntent that refunds and disputes will name; ``None`` where the money took another way,
+    such as an invoice an operator marked as paid by bank transfer. It may have received more than ``amount``, for
+    other invoices.
+    """
+
+    id: str
+    invoice: str
+    payment: str | None
+    amount: int
+    currency: str
+    created: int
+
+
+def read_invoice_payment(fields: Fields) -> InvoicePayment:
+    """Read a paid InvoicePayment. Raises :class:`BadShapeError`. Source: docs.stripe.com/api/invoice-payment/object."""
+    if fields.token("status") != "paid":
+        raise BadShapeError("invoice_payment.status", "is not paid")
+    by = fields.inner("payment")
+    return InvoicePayment(
+        id=fields.id(),
+        invoice=fields.must_ref("invoice"),
+        payment=by.must_ref("payment_intent") if by.token("type") == "payment_intent" else None,
+        amount=fields.whole("amount_paid"),
+        currency=fields.currency(),
+        created=fields.whole("created"),
+    )
