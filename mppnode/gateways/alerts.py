@@ -34,7 +34,7 @@ SECRET_BYTES: Final = 32
 TOTAL_S: Final = 10.0
 """One attempt from looking up the name to the status; the convention advises 15 to 30, and a queue waits behind it."""
 BODY_BYTES_MAX: Final = 20 * 1024
-"""Of one alert: the convention's advice, and some twenty times what our longest has."""
+"""Of one alert: what the convention advises to stay below, out of regard for receivers."""
 ANSWER_BYTES_MAX: Final = 1024
 """Read of an answer so that a short one ends in order; a longer one is cut off."""
 RETRY_AFTER_S_MAX: Final = 86_400

@@ -159,10 +159,13 @@ class StripeStories:
     # ------------------------------------------------------------------------------------------------------ invoices
 
     def metered_price(self, event_name: str, cents_per_unit: str = "0.0001") -> dict[str, Any]:
-        """A price for each unit an active meter counts; the default is for micro-dollars."""
+        """The price for each unit an active meter counts, made when it is not there; the default is for micro-dollars."""
         meter = next((meter for meter in self.of("billing.meter") if meter["event_name"] == event_name), None)
         meter = meter or self.add("billing.meter", "mtr", event_name=event_name, status="active")
         recurring = {"interval": "month", "usage_type": "metered", "meter": meter["id"]}
+        for price in self.of("price"):
+            if (price["unit_amount_decimal"], price["recurring"]) == (cents_per_unit, recurring):
+                return price
         return self.add("price", "price", currency="usd", unit_amount_decimal=cents_per_unit, recurring=recurring)
 
     def due(self, subscription: str, until: int | None = None) -> int:
