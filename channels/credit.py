@@ -142,6 +142,8 @@ class CreditHold:
     consumed: Pico
     key: KeyId = KeyId("")
     owner: NodeId = NOBODY
+    about: str = ""
+    """What it is for, in the asker's words; so that a request whose node died can still be named on the statement."""
 
     @property
     def open(self) -> int:
@@ -246,6 +248,7 @@ class Hold:
     caps: SpendCaps = NO_CAPS
     concurrency: int = HOLDS_MAX
     owner: NodeId = NOBODY
+    about: str = ""
     pace: tuple[int, ...] | None = None
 
 
@@ -259,7 +262,10 @@ class Fold:
 
 @dataclass(frozen=True, slots=True)
 class Settle:
-    """Charge the exact ``total`` of a request, at most its hold, and release the rest."""
+    """Charge the exact ``total`` of a request, at most its hold, and release the rest.
+
+    With what was recorded as its total it releases the hold of a request whose node has died.
+    """
 
     hold: HoldId
     total: Pico
@@ -267,18 +273,11 @@ class Settle:
 
 
 @dataclass(frozen=True, slots=True)
-class DropOrphans:
-    """Release the holds of a life of a node that has ended, charging only what was recorded."""
-
-    owner: NodeId
-
-
-@dataclass(frozen=True, slots=True)
 class ReportUsage:
     """Note that all ended usage beyond what was prepaid is being billed; the result says how much that adds."""
 
 
-CreditCommand = OpenAccount | MoveFunds | SetOverdraft | ChangeAccess | Hold | Fold | Settle | DropOrphans | ReportUsage
+CreditCommand = OpenAccount | MoveFunds | SetOverdraft | ChangeAccess | Hold | Fold | Settle | ReportUsage
 
 # ----------------------------------------------------------------------------------------------------------- events
 
@@ -322,6 +321,7 @@ class Held:
     granted: Pico
     key: KeyId
     owner: NodeId
+    about: str = ""
     pace: tuple[int, ...] | None = None
 
 
@@ -407,8 +407,6 @@ def plan(account: CreditAccount | None, command: CreditCommand, *, now: UnixSeco
             return _fold(account, command, now)
         case Settle():
             return _settle(account, command, now)
-        case DropOrphans():
-            return _planned(account, *(Released(name) for name, h in account.holds.items() if h.owner == command.owner))
         case ReportUsage():
             return _report(account)
         case _:
@@ -446,7 +444,7 @@ def _hold(account: CreditAccount, command: Hold, now: UnixSeconds) -> CreditPlan
         raise CreditFault(CreditReason.CREDIT_TOO_LOW, left=Pico(max(account.headroom, 0)))
     most = account.headroom if capped is None else min(account.headroom, capped.left)
     granted = Pico(min(command.want, most))
-    held = Held(command.hold, granted, command.key, command.owner, command.pace)
+    held = Held(command.hold, granted, command.key, command.owner, command.about, command.pace)
     return _planned(account, held, result=CreditOutcome(granted=granted))
 
 
@@ -544,7 +542,7 @@ def fold(account: CreditAccount | None, event: CreditEvent) -> CreditAccount:
             changed = replace(account, version=version, access=account.access + 1)
             return replace(changed, spending=MappingProxyType(spending), paces=MappingProxyType(paces))
         case Held():
-            hold = CreditHold(event.granted, Pico(0), event.key, event.owner)
+            hold = CreditHold(event.granted, Pico(0), event.key, event.owner, event.about)
             holds = MappingProxyType({**account.holds, event.hold: hold})
             return _paced(replace(account, version=version, holds=holds), event.key, event.pace)
         case Charged():

@@ -17,6 +17,7 @@ from channels.intent import Intent
 from channels.model import Account, NodeId
 from channels.store import ChannelStore
 from channels.units import Units
+from mppnode.ledger.talk import Till
 
 LEASE_S: Final = 10.0
 """A node that has not been heard of for this long may be dead (reliability: section 2.9)."""
@@ -71,7 +72,7 @@ class BudgetSpent(Exception):
         super().__init__(message)
 
 
-class Ledger(ChannelStore, Protocol):
+class Ledger(ChannelStore, Till, Protocol):
     """A channel store with all a node needs around it."""
 
     async def start(self) -> None:

@@ -15,6 +15,7 @@ import secrets
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from functools import partial
 from typing import Any, Final, TypeVar
+from zlib import crc32
 
 from channels.ids import ChannelId, Hash32
 from channels.intent import Intent
@@ -31,9 +32,11 @@ from mppnode.ledger.postgres_lane import Lane
 from mppnode.ledger.postgres_link import MARK, Connection, Generation, Link, Mark
 from mppnode.ledger.postgres_rows import SELECT, found_in, read_newer
 from mppnode.ledger.postgres_schema import prepare
+from mppnode.ledger.postgres_talk import on_postgres, read_postgres
 from mppnode.ledger.postgres_wakeup import Wakeup
 from mppnode.ledger.rows import read_journal
 from mppnode.ledger.subscribers import Subscribers
+from mppnode.ledger.talk import Talk
 
 R = TypeVar("R")
 
@@ -63,7 +66,8 @@ class PostgresStore:
         link = partial(Link, dsn, generation=generation, on_fatal=self._failed)
         self._desk, self._reader = link(), link()
         self._wakeup = Wakeup(dsn, self._subscribers, self._look)
-        self._links = [self._desk, self._reader]
+        self._tills = [link() for _ in range(lanes)]
+        self._links = [self._desk, self._reader, *self._tills]
         self._lanes: list[Lane] = []
         for _ in range(lanes):
             rows = Rows()
@@ -204,6 +208,19 @@ class PostgresStore:
     async def open_grants(self, *, limit: int = PAGE) -> Sequence[Grant]:
         """See :meth:`Ledger.open_grants`."""
         return await self._read(lambda db: desk.open_grants(db, limit))
+
+    # ------------------------------------------------------------------------------------------------------ talks
+
+    async def write(self, talk: Callable[[], Talk[R]], *, of: str) -> R:
+        """See :meth:`Till.write`: an account always goes by the same connection, so it never waits for our own lock."""
+        if not self._open:
+            raise unavailable()
+        link = self._tills[crc32(of.encode()) % len(self._tills)]
+        return await link.write(lambda db, mark: on_postgres(db, mark, talk))
+
+    async def read(self, talk: Callable[[], Talk[R]]) -> R:
+        """See :meth:`Till.read`."""
+        return await self._read(lambda db: read_postgres(db, talk))
 
     # ---------------------------------------------------------------------------------------------- the three ways
 

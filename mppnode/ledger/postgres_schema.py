@@ -9,7 +9,7 @@ from mppnode.config.secrets import Secret
 from mppnode.ledger.base import LedgerError
 from mppnode.ledger.postgres_link import TROUBLE, Connection, connect, describe
 
-SCHEMA: Final = 1
+SCHEMA: Final = 2
 _LOCK: Final = 0x6D70_706E  # "mppn": nodes that start together migrate one after the other
 _STALE: Final = "DELETE FROM lane WHERE at < now() - interval '1 day'"  # of nodes that did not get to say goodbye
 

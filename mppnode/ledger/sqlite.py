@@ -50,6 +50,7 @@ from mppnode.ledger.rows import (
 )
 from mppnode.ledger.sqlite_file import InstanceLock, InstanceLocked, begin, is_busy, open_reader, open_writer
 from mppnode.ledger.subscribers import Subscribers
+from mppnode.ledger.talk import Talk, on_sqlite, read_sqlite
 
 __all__ = ["InstanceLock", "InstanceLocked", "SqliteStore"]
 
@@ -227,6 +228,16 @@ class SqliteStore:
     async def open_grants(self, *, limit: int = PAGE) -> Sequence[Grant]:
         """See :meth:`Ledger.open_grants`."""
         return await self._read(lambda db: desk.open_grants(db, limit))
+
+    # ------------------------------------------------------------------------------------------------------ talks
+
+    async def write(self, talk: Callable[[], Talk[R]], *, of: str) -> R:  # noqa: ARG002 - one writer serves everybody
+        """See :meth:`Till.write`: part of the writer's next batch."""
+        return await self._do(lambda db: on_sqlite(db, talk))
+
+    async def read(self, talk: Callable[[], Talk[R]]) -> R:
+        """See :meth:`Till.read`."""
+        return await self._read(lambda db: read_sqlite(db, talk))
 
     # ---------------------------------------------------------------------------------------------- the two ways
 

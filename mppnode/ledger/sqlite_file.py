@@ -14,7 +14,7 @@ from typing import Final, Self
 
 from mppnode.ledger.base import LedgerError
 
-SCHEMA: Final = 2
+SCHEMA: Final = 3
 _LOOK_S: Final = 0.0005
 BUSY_S: Final = 2  # a backup may hold the file this long; the instance lock keeps other nodes away
 
