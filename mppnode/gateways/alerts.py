@@ -84,7 +84,7 @@ class Delivered:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """Another attempt cannot help: stop sending there."""
+    """Another attempt cannot help; after ``GONE`` and ``BAD_URL``, neither can another alert: stop sending there."""
 
     problem: AlertProblem
     status: int | None = None

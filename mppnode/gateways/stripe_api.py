@@ -29,11 +29,13 @@ from mppnode.gateways.stripe_objects import (
     Payment,
     Purpose,
     Refund,
+    Subscription,
     read_dispute,
     read_invoice,
     read_invoice_payment,
     read_payment,
     read_refund,
+    read_subscription,
 )
 from mppnode.observe.logs import Log
 
@@ -252,13 +254,12 @@ class StripeGateway:
             _check_cents(threshold_cents)
             params["billing_thresholds"] = {"amount_gte": threshold_cents}
         made, _ = await _post(self._api.subscriptions.create_async(params, _options("subscribe", key)))
-        ident, status, whom = _read(lambda: (made.id(), made.token("status"), made.must_ref("customer")), _UNKNOWN)
-        prices = _read(lambda: [item.must_ref("price") for item in made.inner("items").items("data")], _UNKNOWN)
-        if (whom, prices) != (customer, [price]):
+        found = _read(lambda: read_subscription(made), _UNKNOWN)
+        if (found.customer, found.prices) != (customer, (price,)):
             raise StripeFault(_UNKNOWN, "another_subscription")
-        if status != "active":
+        if found.status != "active":
             raise StripeFault(_UNKNOWN, "unexpected_status")
-        return ident
+        return found.id
 
     async def charge(self, purpose: Purpose, *, customer: str, payment_method: str, cents: int, key: str) -> Charge:
         """Charge a card on file without its owner present.
@@ -353,6 +354,17 @@ class StripeGateway:
             return self._api.disputes.list_async(params)
 
         return await self._all(page, read_dispute)
+
+    async def subscriptions_of(self, customer: str) -> tuple[Subscription, ...]:
+        """A customer's subscriptions that are not cancelled, newest first: what to look at when a key is forgotten."""
+
+        def page(after: str | None) -> Coroutine[Any, Any, stripe.ListObject[stripe.Subscription]]:
+            params: stripe.params.SubscriptionListParams = {"limit": _PAGE, "customer": customer}
+            if after is not None:
+                params["starting_after"] = after
+            return self._api.subscriptions.list_async(params)
+
+        return await self._all(page, read_subscription)
 
     async def invoices(self, since: int, until: int) -> tuple[Invoice, ...]:
         """The paid invoices made from ``since`` to before ``until`` (Unix seconds), newest first.

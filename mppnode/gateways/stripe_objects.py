@@ -279,6 +279,30 @@ def read_dispute(fields: Fields) -> Dispute:
 
 
 @dataclass(frozen=True)
+class Subscription:
+    """A subscription: whom it bills, at which prices, and for which account and record of ours."""
+
+    id: str
+    status: str
+    customer: str
+    prices: tuple[str, ...]
+    tags: Tags
+    created: int
+
+
+def read_subscription(fields: Fields) -> Subscription:
+    """Read a Subscription. Raises :class:`BadShapeError`. Source: docs.stripe.com/api/subscriptions/object."""
+    return Subscription(
+        id=fields.id(),
+        status=fields.token("status"),
+        customer=fields.must_ref("customer"),
+        prices=tuple(item.must_ref("price") for item in fields.inner("items").items("data")),
+        tags=read_tags(fields),
+        created=fields.whole("created"),
+    )
+
+
+@dataclass(frozen=True)
 class Invoice:
     """An invoice: what it asked for, what it got, and what is still to be paid, in the currency's smallest unit.
 

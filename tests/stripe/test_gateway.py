@@ -329,17 +329,20 @@ async def test_an_answer_of_any_shape_ends_in_a_fault(bench: Bench, answer: dict
     """Whatever stands between the node and Stripe answers, the caller sees one kind of fault."""
     customer = await bench.customer()
     event = bench.peer.add("v2.core.event", "evt")
+    price = bench.peer.metered_price("usage")["id"]
     bench.peer.override = lambda _: answer
     span = {"meter": "mtr_1", "customer": customer, "since": NOW, "until": NOW + 60}
     usage = {"event_name": "usage", "identifier": "row-1", "customer": customer, "value": 1, "timestamp": NOW}
     reads: list[Awaitable[Any]] = [
         bench.stripe.start(livemode=False), bench.stripe.payments(NOW, NOW + 9), bench.stripe.meter_errors(event["id"]), bench.stripe.reported_usage(**span),
-        bench.stripe.payment(customer),
+        bench.stripe.payment(customer), bench.stripe.invoices(NOW, NOW + 9), bench.stripe.payments_of("in_1"), bench.stripe.subscriptions_of(customer),
     ]
     writes: list[Awaitable[Any]] = [
         bench.charge(customer), bench.stripe.create_customer(WHY, email=None, key="customer-2"), bench.stripe.report_usage(**usage),
         bench.stripe.open_portal(customer=customer, return_url=PAGES["success_url"], key="portal-1"),
         bench.stripe.save_card(WHY, customer=customer, key="card-key-1", **PAGES),
+        bench.stripe.set_default_card(customer=customer, payment_method="pm_visa", key="default-1"),
+        bench.stripe.subscribe(WHY, customer=customer, price=price, key="subscribe-1", threshold_cents=None),
     ]
     for read in reads:
         assert (await fault_of(read)).kind is Kind.UNREACHABLE

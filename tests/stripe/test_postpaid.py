@@ -166,11 +166,27 @@ async def test_an_answer_about_another_card_is_not_success(desk: Desk, changes: 
 
 
 async def test_a_subscription_whose_answer_was_lost_is_made_once(desk: Desk) -> None:
-    """K9: lost answers end unknown, and the same key finds the one subscription."""
+    """K9: lost answers end unknown, and a list finds the one subscription when the key is forgotten."""
     customer = await desk.customer()
     desk.peer.mishaps.extend([Mishap.LOSE_ANSWER] * 3)
     assert (await fault_of(desk.subscribe(customer))).kind is Kind.OUTCOME_UNKNOWN
+    desk.clock.advance(DAY)  # the key is forgotten: only the list can tell
+    (found,) = await desk.stripe.subscriptions_of(customer)
+    assert found.prices == tuple(price["id"] for price in desk.peer.of("price"))
+    assert (found.customer, found.status, found.tags) == (customer, "active", Tags("acc-1", "postpaid-1"))
+    assert await desk.stripe.subscriptions_of(await desk.customer()) == ()
+
+
+async def test_a_lost_subscription_is_found_by_its_key_within_a_day(desk: Desk) -> None:
+    """K9: the same key finds the one subscription for a day, and makes another one after it."""
+    customer = await desk.customer()
+    desk.peer.mishaps.extend([Mishap.LOSE_ANSWER] * 3)
+    assert (await fault_of(desk.subscribe(customer))).kind is Kind.OUTCOME_UNKNOWN
+    desk.clock.advance(DAY - 1)
     assert [await desk.subscribe(customer)] == [made["id"] for made in desk.peer.of("subscription")]
+    desk.clock.advance(1)
+    await desk.subscribe(customer)
+    assert len(await desk.stripe.subscriptions_of(customer)) == 2
 
 
 # ----------------------------------------------------------------------------------------------------------- invoices

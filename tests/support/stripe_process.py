@@ -68,12 +68,13 @@ class Served:
             save(self.peer, self.path)
 
     async def api(self, request: web.Request) -> web.StreamResponse:
-        before = (len(self.peer.objects), len(self.peer.answers), len(self.peer.mishaps))
-        answer = await self.peer.handle(request)
-        # Lost answers too: what a request did is on disk before its caller can learn of it.
-        if request.method == "POST" or before[2] != len(self.peer.mishaps):
-            self._save()
-        return answer
+        before = len(self.peer.mishaps)
+        try:
+            return await self.peer.handle(request)
+        finally:
+            # Whatever became of the answer: what a request did is on disk before its caller can learn of it.
+            if request.method == "POST" or before != len(self.peer.mishaps):
+                self._save()
 
     async def state(self, _: web.Request) -> web.Response:
         requests = [[seen.method, seen.path, seen.params, seen.key] for seen in self.peer.seen]

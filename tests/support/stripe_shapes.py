@@ -99,6 +99,9 @@ SHAPES: dict[tuple[str, str], Shape] = {
     ("GET", "/v1/payment_intents"): Shape({**LISTED, "customer": ID}, source="PaymentIntentListParams"),
     ("GET", "/v1/refunds"): Shape({**LISTED, "payment_intent": ID}, source="RefundListParams"),
     ("GET", "/v1/disputes"): Shape(LISTED, source="DisputeListParams"),
+    ("GET", "/v1/subscriptions"): Shape(
+        {"limit": LISTED["limit"], "starting_after": ID, "customer": ID}, source="SubscriptionListParams"
+    ),
     ("GET", "/v1/invoices"): Shape(
         {**LISTED, "customer": ID, "status": re.compile("draft|open|paid|uncollectible|void")}, source="InvoiceListParams"
     ),
@@ -123,7 +126,7 @@ SHAPES: dict[tuple[str, str], Shape] = {
 }
 LISTS = {
     "/v1/payment_intents": "payment_intent", "/v1/refunds": "refund", "/v1/disputes": "dispute", "/v1/billing/meters": "billing.meter",
-    "/v1/invoices": "invoice", "/v1/invoice_payments": "invoice_payment",
+    "/v1/subscriptions": "subscription", "/v1/invoices": "invoice", "/v1/invoice_payments": "invoice_payment",
 }
 
 

@@ -233,6 +233,7 @@ STORIES: list[tuple[str, dict[str, Any], events.Happening]] = [
     ("charge.dispute.closed", DISPUTE | {"status": "lost"}, events.DisputeLost("du_1", "ch_1", "pi_1", 2000, "usd")),
     ("invoice.paid", INVOICE, events.InvoicePaid("in_1", "cus_1", 2000, "usd", "sub_1")),
     ("invoice.paid", INVOICE | {"amount_due": 0, "amount_paid": 0}, events.InvoicePaid("in_1", "cus_1", 0, "usd", "sub_1")),
+    ("invoice.paid", INVOICE | {"amount_paid": 0, "amount_remaining": 2000}, events.InvoicePaid("in_1", "cus_1", 0, "usd", "sub_1")),
     ("invoice.paid", INVOICE | {"parent": None}, events.InvoicePaid("in_1", "cus_1", 2000, "usd", None)),
     ("invoice.paid", INVOICE | {"parent": QUOTED}, events.InvoicePaid("in_1", "cus_1", 2000, "usd", None)),
     ("invoice.paid", INVOICE | {"customer": None}, events.Ignored("invoice.paid")),
@@ -272,7 +273,7 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
     ("charge.dispute.created", DISPUTE | {"charge": None}),
     ("charge.dispute.closed", DISPUTE | {"status": "under_review"}),
     *[("invoice.paid", INVOICE | {name: value}) for name, value in (
-        ("id", "in 1"), ("status", "open"), ("status", None), ("amount_paid", -1), ("amount_paid", "2000"), ("amount_paid", 20.0), ("amount_remaining", 1),
+        ("id", "in 1"), ("status", "open"), ("status", None), ("amount_paid", -1), ("amount_paid", "2000"), ("amount_paid", 20.0), ("amount_remaining", None),
         ("amount_due", None), ("currency", "USD"), ("customer", 7), ("attempt_count", None), ("parent", 7), ("parent", {"type": "subscription_details"}),
         ("parent", {"type": "subscription_details", "subscription_details": {"subscription": None}}), ("parent", {"subscription_details": {}}),
     )],
