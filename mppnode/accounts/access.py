@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
+from channels.credit import NO_CAPS
 from channels.instants import UnixSeconds
-from mppnode.accounts.model import TRUST_NAME, Account, ApiKey, Identity, RateLimits, Routing, SpendCaps
+from mppnode.accounts.model import TRUST_NAME, Account, ApiKey, Identity, RateLimits, Routing
 from mppnode.kernel.faults import NodeFault, NodeReason
 
 _HEADER: Final = "X-Trust"
@@ -125,7 +126,7 @@ def widened(child: ApiKey, parent: ApiKey) -> str | None:
     """
     if child.account != parent.account:
         return "account"
-    if parent.caps != SpendCaps():
+    if parent.caps != NO_CAPS:
         return "caps"
     if parent.rates != RateLimits():
         return "rates"

@@ -22,6 +22,7 @@ PACK_CENTS_MAX: Final = 99_999_999
 
 _SECRET_KEY = re.compile(r"(?:sk|rk)_(live|test)_[A-Za-z0-9_]{16,500}", re.ASCII)
 _WEBHOOK_SECRET = re.compile(r"whsec_[!-~]{16,500}", re.ASCII)  # 16: shorter ones can be tried out; Stripe's have 32
+_PRICE = re.compile(r"price_[A-Za-z0-9_]{1,100}", re.ASCII)
 _METER = re.compile(r"[A-Za-z0-9_.-]{1,100}", re.ASCII)  # docs.stripe.com/api/billing/meter/create, event_name
 _QUERY = re.compile(r"[A-Za-z0-9._~=&{}-]{0,500}", re.ASCII)  # braces: Stripe fills in {CHECKOUT_SESSION_ID}
 _LOOPBACK = re.compile(r"localhost|127\.[0-9.]+|::1", re.ASCII)
@@ -40,6 +41,12 @@ class BillingConfig:
     meter: str | None
     """The ``event_name`` of the meter post-paid usage is reported to; without one, nobody is post-paid."""
     livemode: bool
+    meter_price: str | None = None
+    """The price (``price_...``) on that meter to which post-paid customers are subscribed."""
+    threshold_cents: int | None = None
+    """Unbilled usage from which an invoice is made at once; None waits for the end of the month."""
+    api_base: str | None = None
+    """Another address than Stripe's, for tests and mocks."""
 
 
 def read_billing(section: Section) -> BillingConfig:
@@ -63,7 +70,12 @@ def read_billing(section: Section) -> BillingConfig:
         packs_cents=section.get("packs_cents", _packs, fallback=()),
         meter=section.text("meter", _METER, "inference_usage", None) or None,
         livemode=livemode,
+        meter_price=section.text("meter_price", _PRICE, "price_...", None) or None,
+        threshold_cents=section.whole("threshold_cents", PACK_CENTS_MIN, PACK_CENTS_MAX, 0) or None,
+        api_base=section.get("api_base", lambda value: check_base_url(text_of(value)), None, fallback=None),
     )
+    if config.meter is not None and config.meter_price is None:
+        section.problem("meter_price", "is required with meter: nobody would be billed for what is reported")
     section.done()
     return config
 

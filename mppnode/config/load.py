@@ -13,6 +13,8 @@ from channels.descriptor import SessionProtocol
 from channels.ids import parse_address
 from channels.signature import address_of
 from channels.wire.challenge import SECRET_BYTES_MIN
+from mppnode.config.accounts import read_accounts, read_admin
+from mppnode.config.billing import read_billing
 from mppnode.config.catalog import read_model, read_pricing, read_provider, read_routing
 from mppnode.config.schema import (
     ChainConfig,
@@ -71,6 +73,9 @@ def parse_config(tree: dict[str, Any], environ: Mapping[str, str], *, base: Path
     providers = tuple(read_provider(section) for section in root.sections("providers"))
     sells = any(provider.models for provider in providers)
     models = tuple(read_model(section) for section in root.sections("models", optional=sells))
+    accounts = read_accounts(root.section("accounts", optional=True))
+    billing = read_billing(root.section("billing")) if "billing" in tree else None
+    admin = read_admin(root.section("admin")) if "admin" in tree else None
     root.done()
     problems += _contradictions(providers, models)
     second = treasury.second_rpc_url
@@ -80,7 +85,9 @@ def parse_config(tree: dict[str, Any], environ: Mapping[str, str], *, base: Path
         problems.append('chain.v1_escrow: is required when session.protocols has "v1"')
     if problems:
         raise ConfigError(problems)
-    return Config(node, chain, session, limits, providers, models, log, treasury, pricing, routing)
+    return Config(
+        node, chain, session, limits, providers, models, log, treasury, pricing, routing, accounts, billing, admin
+    )
 
 
 def _contradictions(providers: tuple[ProviderConfig, ...], models: tuple[ModelConfig, ...]) -> list[str]:

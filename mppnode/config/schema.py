@@ -10,6 +10,8 @@ from typing import Final, Literal
 from channels.descriptor import SessionProtocol
 from channels.ids import Address
 from channels.units import Pico, Units
+from mppnode.config.accounts import NO_ACCOUNTS_SECTION, AccountsConfig, AdminConfig
+from mppnode.config.billing import BillingConfig
 from mppnode.config.secrets import Secret
 from mppnode.kernel.listing import Ability, ProviderKind
 from mppnode.kernel.strategy import PriceCeiling, Strategy
@@ -215,3 +217,7 @@ class Config:
     treasury: TreasuryConfig = TreasuryConfig()
     pricing: PricingConfig = PricingConfig()
     routing: RoutingConfig = RoutingConfig()
+    accounts: AccountsConfig = NO_ACCOUNTS_SECTION
+    billing: BillingConfig | None = None
+    """None when nothing is sold through a payment processor."""
+    admin: AdminConfig | None = None

@@ -63,11 +63,17 @@ STATUS: Final[Mapping[Reason | NodeReason, int]] = MappingProxyType(
         NodeReason.KEY_EXPIRED: 401,
         NodeReason.INVALID_TOKEN: 401,
         NodeReason.TOKEN_EXPIRED: 401,
+        # an outage of whoever vouches for the caller is never told as an unknown caller
+        NodeReason.IDENTITY_UNAVAILABLE: 503,
         NodeReason.ACCOUNT_FORBIDDEN: 403,
         NodeReason.ACCOUNT_SUSPENDED: 403,
         NodeReason.LIMIT_REACHED: 429,
         # never 402, which asks for money: paying more does not raise a cap the customer has set
         NodeReason.CAP_REACHED: 403,
+        NodeReason.CREDIT_TOO_LOW: 402,
+        NodeReason.REQUEST_RUNNING: 409,
+        NodeReason.OTHER_REQUEST: 422,
+        NodeReason.CONFLICT: 409,
         NodeReason.SHUTTING_DOWN: 503,
         NodeReason.OVERLOADED: 503,
         NodeReason.NO_PROVIDER: 503,
@@ -85,6 +91,7 @@ _RETRY_AFTER_S: Final[Mapping[Reason | NodeReason, int]] = MappingProxyType(
         Reason.CHAIN_OUTCOME_UNKNOWN: 5,
         Reason.STORE_UNAVAILABLE: 2,
         Reason.EXPOSURE_LIMIT: 10,
+        NodeReason.IDENTITY_UNAVAILABLE: 5,
     }
 )
 _TYPES: Final[Mapping[int, str]] = MappingProxyType(
@@ -124,6 +131,8 @@ def openai_error(fault: ChannelFault | NodeFault) -> dict[str, object]:
         ]
     if isinstance(fault, NodeFault) and fault.excluded:
         error["excluded_by"] = dict(fault.excluded)
+    if isinstance(fault, NodeFault) and fault.more is not None:
+        error |= fault.more
     if isinstance(fault, NodeFault) and fault.lowest is not None:
         paid_in, paid_out = (cents(Pico(rate)) for rate in fault.lowest)
         error["lowest_price"] = {"input_cents_per_million": paid_in, "output_cents_per_million": paid_out}

@@ -26,10 +26,15 @@ class NodeReason(StrEnum):
     KEY_EXPIRED = "api_key_expired"
     INVALID_TOKEN = "invalid_token"  # noqa: S105 - a reason
     TOKEN_EXPIRED = "token_expired"  # noqa: S105 - a reason
+    IDENTITY_UNAVAILABLE = "identity_unavailable"
     ACCOUNT_FORBIDDEN = "account_forbidden"
     ACCOUNT_SUSPENDED = "account_suspended"
     LIMIT_REACHED = "limit_reached"
     CAP_REACHED = "cap_reached"
+    CREDIT_TOO_LOW = "insufficient_credit"
+    REQUEST_RUNNING = "request_in_progress"
+    OTHER_REQUEST = "idempotency_mismatch"
+    CONFLICT = "conflict"
     # whether we can take it now
     SHUTTING_DOWN = "shutting_down"
     OVERLOADED = "overloaded"
@@ -68,6 +73,7 @@ class NodeFault(Exception):
         attempts: tuple[Attempt, ...] = (),
         excluded: Mapping[str, int] | None = None,
         lowest: tuple[int, int] | None = None,
+        more: Mapping[str, str | int | None] | None = None,
     ) -> None:
         self.reason = reason
         self.field = field
@@ -76,6 +82,7 @@ class NodeFault(Exception):
         self.attempts = attempts
         self.excluded = excluded
         self.lowest = lowest
+        self.more = more
         super().__init__(self.message)
 
     @property

@@ -18,6 +18,7 @@ LEVELS = {
     "mppnode.providers": 3,
     "mppnode.gateways": 3,
     "mppnode.accounts": 4,
+    "mppnode.billing": 5,
     "mppnode.routing": 4,
     "mppnode.metering": 4,
     "mppnode.pricing": 4,

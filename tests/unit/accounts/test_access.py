@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
+from channels.credit import SpendCaps
 from channels.instants import UnixSeconds
 from channels.units import Pico
 from mppnode.accounts.access import Access, TrustRule, admit_identity, admit_key, select_trust, widened
-from mppnode.accounts.model import CONCURRENCY_MAX, Identity, Postpaid, Prepaid, RateLimits, SpendCaps
+from mppnode.accounts.model import CONCURRENCY_MAX, Identity, Postpaid, Prepaid, RateLimits, check_caps
 from mppnode.http.problem import STATUS
 from mppnode.kernel.faults import NodeReason
 from mppnode.kernel.listing import Ability
@@ -178,8 +179,8 @@ def test_k10_a_key_mints_nothing_above_itself(parent: Any, child: Any, wider: st
         (lambda: RateLimits(tpm=10**12 + 1), "tpm"),
         (lambda: RateLimits(concurrency=0), "concurrency"),
         (lambda: RateLimits(concurrency=CONCURRENCY_MAX + 1), "concurrency"),
-        (lambda: SpendCaps(total=Pico(-1)), "spend cap"),
-        (lambda: SpendCaps(day=Pico(2), total=Pico(1)), "shorter period"),
+        (lambda: check_caps(SpendCaps(total=Pico(-1))), "spend cap"),
+        (lambda: check_caps(SpendCaps(day=Pico(2), total=Pico(1))), "shorter period"),
         (lambda: Postpaid(Pico(-1)), "trust_limit"),
     ],
 )

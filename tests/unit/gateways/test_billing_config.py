@@ -29,6 +29,7 @@ GOOD: dict[str, Any] = {
     "return_url": "http://localhost:8000/account",
     "packs_cents": [500, 2_000, 10_000],
     "meter": "inference_usage",
+    "meter_price": "price_1Qx",
     "livemode": False,
 }
 
@@ -52,9 +53,15 @@ def test_a_full_table_is_read(tmp_path: Path) -> None:
     assert "canary" not in repr(config)
 
 
+def test_a_meter_needs_the_price_its_customers_are_subscribed_to() -> None:
+    """Reported and not subscribed, usage would be counted and never billed."""
+    _, problems = parse({name: value for name, value in GOOD.items() if name != "meter_price"})
+    assert problems == ["billing.meter_price: is required with meter: nobody would be billed for what is reported"]
+
+
 def test_a_node_may_have_no_meter_and_a_restricted_key() -> None:
     """Post-paid is optional, and a key may be one that can do less."""
-    config, problems = parse({name: value for name, value in GOOD.items() if name != "meter"} | {"secret_key": {"env": "RESTRICTED"}})
+    config, problems = parse({name: value for name, value in GOOD.items() if not name.startswith("meter")} | {"secret_key": {"env": "RESTRICTED"}})
     assert (config.meter, problems) == (None, [])
 
 
