@@ -35,6 +35,7 @@ KeyId = NewType("KeyId", str)
 """A key of an account, or empty for a bearer without one."""
 
 FUNDS_MAX: Final = 4 * 10**18  # four million dollars: the sum of two such numbers still fits a 64-bit column
+FUNDS_MIN: Final = -(10**18)  # a million taken back beyond what was paid: below it a balance would not fit
 HOLDS_MAX: Final = 1024  # requests at once: every change of a hold writes them all
 KEYS_MAX: Final = 256  # keys with counters of their own: they travel with every change as well
 _DAY_S: Final = 86_400
@@ -169,6 +170,7 @@ class CreditAccount:
     charged_at: UnixSeconds = _NEVER
     holds: Mapping[HoldId, CreditHold] = field(default_factory=lambda: MappingProxyType({}))
     spending: Mapping[KeyId, Spending] = field(default_factory=lambda: MappingProxyType({}))
+    """A key counts from its first hold until it is forgotten; what is still running then is counted no more."""
     paces: Mapping[KeyId, tuple[int, ...]] = field(default_factory=lambda: MappingProxyType({}))
     """What a rate limiter keeps of each key; opaque here, but it changes in the same step as the money."""
 
@@ -388,6 +390,7 @@ def plan(account: CreditAccount | None, command: CreditCommand, *, now: UnixSeco
     if isinstance(command, OpenAccount):
         if account is not None:
             return _planned(account)
+        _check_overdraft(command.overdraft)
         opened = fold(None, AccountOpened(command.id, command.overdraft))
         return CreditPlan(opened, (AccountOpened(command.id, command.overdraft),), CreditOutcome())
     if account is None:
@@ -398,6 +401,7 @@ def plan(account: CreditAccount | None, command: CreditCommand, *, now: UnixSeco
         case SetOverdraft():
             if command.overdraft == account.overdraft:
                 return _planned(account)
+            _check_overdraft(command.overdraft)
             return _planned(account, OverdraftSet(command.overdraft))
         case ChangeAccess():
             return _planned(account, AccessChanged(command.forget))
@@ -422,9 +426,17 @@ def _planned(account: CreditAccount, *events: CreditEvent, result: CreditOutcome
 def _move(account: CreditAccount, command: MoveFunds) -> CreditPlan:
     if command.amount == 0:
         return _planned(account)
-    if abs(account.funds + command.amount) > FUNDS_MAX:
+    moved = FundsMoved(command.kind, command.reference, command.amount)
+    after = fold(account, moved)
+    # Each part too: they have columns of their own, and opposite ones could grow without end.
+    if after.funds < FUNDS_MIN or max(after.funds, abs(after.prepaid), abs(after.invoiced)) > FUNDS_MAX:
         raise CreditFault(CreditReason.FUNDS_LIMIT)
-    return _planned(account, FundsMoved(command.kind, command.reference, command.amount))
+    return _planned(account, moved)
+
+
+def _check_overdraft(overdraft: int) -> None:
+    if not 0 <= overdraft <= FUNDS_MAX:
+        raise CreditFault(CreditReason.FUNDS_LIMIT)
 
 
 def _hold(account: CreditAccount, command: Hold, now: UnixSeconds) -> CreditPlan:
@@ -437,7 +449,7 @@ def _hold(account: CreditAccount, command: Hold, now: UnixSeconds) -> CreditPlan
     running = sum(1 for hold in account.holds.values() if hold.key == command.key)
     if running >= command.concurrency or len(account.holds) >= HOLDS_MAX:
         raise CreditFault(CreditReason.BUSY)
-    capped = headroom(account, command.key, command.caps, now)
+    capped = headroom(account, command.key, command.caps, now, floor=command.floor)
     if capped is not None and capped.left < command.floor:
         raise capped
     if account.headroom < command.floor:
@@ -448,8 +460,13 @@ def _hold(account: CreditAccount, command: Hold, now: UnixSeconds) -> CreditPlan
     return _planned(account, held, result=CreditOutcome(granted=granted))
 
 
-def headroom(account: CreditAccount, key: KeyId, caps: SpendCaps, now: UnixSeconds) -> CreditFault | None:
-    """The refusal of the cap that leaves least, with what it leaves (never below zero); None when nothing is capped.
+def headroom(
+    account: CreditAccount, key: KeyId, caps: SpendCaps, now: UnixSeconds, *, floor: int = 0
+) -> CreditFault | None:
+    """The refusal with what the caps leave (never below zero), None when nothing is capped.
+
+    It names the last window to open of those that leave least or less than ``floor``: to say tomorrow when it is next
+    month would be a wrong promise.
 
     A hold counts in every window while it is open, and a charge in the windows of its moment: so spent and held
     together stay within a cap, also across midnight.
@@ -457,18 +474,17 @@ def headroom(account: CreditAccount, key: KeyId, caps: SpendCaps, now: UnixSecon
     if caps == NO_CAPS:
         return None
     spent, held = account.spending.get(key, Spending()).at(now), account.held_by(key)
-    least: CreditFault | None = None
+    lefts = list[tuple[Window, int]]()
     for window, cap, so_far in (
         (Window.DAY, caps.day, spent.spent_day),
         (Window.MONTH, caps.month, spent.spent_month),
         (Window.TOTAL, caps.total, spent.spent_total),
     ):
         if cap is not None:
-            left = Pico(max(cap - so_far - held, 0))
-            # Of equals the last, which opens latest: to say tomorrow when it is next month would be a wrong promise.
-            if least is None or left <= least.left:
-                least = CreditFault(CreditReason.CAP_REACHED, left=left, window=window, again_in_s=ends_in(window, now))
-    return least
+            lefts.append((window, max(cap - so_far - held, 0)))
+    least = Pico(min(left for _, left in lefts))
+    window = [window for window, left in lefts if left == least or left < floor][-1]
+    return CreditFault(CreditReason.CAP_REACHED, left=least, window=window, again_in_s=ends_in(window, now))
 
 
 def ends_in(window: Window, now: UnixSeconds) -> int | None:
@@ -544,6 +560,8 @@ def fold(account: CreditAccount | None, event: CreditEvent) -> CreditAccount:
         case Held():
             hold = CreditHold(event.granted, Pico(0), event.key, event.owner, event.about)
             holds = MappingProxyType({**account.holds, event.hold: hold})
+            if event.key not in account.spending:
+                account = replace(account, spending=MappingProxyType({**account.spending, event.key: Spending()}))
             return _paced(replace(account, version=version, holds=holds), event.key, event.pace)
         case Charged():
             return _charged(replace(account, version=version), event)
@@ -560,25 +578,28 @@ def fold(account: CreditAccount | None, event: CreditEvent) -> CreditAccount:
 def _charged(account: CreditAccount, event: Charged) -> CreditAccount:
     before = account.holds[event.hold]
     added = event.consumed - before.consumed
-    spent = account.spending.get(before.key, Spending()).plus(added, event.at)
+    spending = account.spending
+    if before.key in spending:  # otherwise it was forgotten: dead keys must not fill the row again
+        spending = MappingProxyType({**spending, before.key: spending[before.key].plus(added, event.at)})
     return replace(
         account,
         owed=account.owed + added,
         charged_at=max(account.charged_at, event.at),
         holds=MappingProxyType({**account.holds, event.hold: replace(before, consumed=event.consumed)}),
-        spending=MappingProxyType({**account.spending, before.key: spent}),
+        spending=spending,
     )
 
 
 def _paced(account: CreditAccount, key: KeyId, pace: tuple[int, ...] | None) -> CreditAccount:
-    if pace is None:
+    if pace is None or key not in account.spending:
         return account
     return replace(account, paces=MappingProxyType({**account.paces, key: pace}))
 
 
 def check(account: CreditAccount) -> None:
     """Assert the laws of an account; run before every write and after every read, in production too."""
-    assert abs(account.funds) <= FUNDS_MAX, "funds out of range"
+    assert FUNDS_MIN <= account.funds <= FUNDS_MAX, "funds out of range"
+    assert 0 <= account.overdraft <= FUNDS_MAX, "overdraft out of range"
     assert account.owed >= 0, "owed is negative"
     assert account.reported_micro >= 0, "reported is negative"
     assert all(0 <= hold.consumed <= hold.granted for hold in account.holds.values()), "a hold is out of order"

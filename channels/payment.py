@@ -72,14 +72,17 @@ class PaymentRecord:
         return Pico(self.worth * PICO_PER_CENT)
 
 
+_KINDS: Final = (FundsKind.PAYMENT, FundsKind.GRANT, FundsKind.INVOICE)
+"""The later, the more was heard. Once an invoice, always one: the payment's own announcement does not say so."""
+
+
 def joined(known: PaymentRecord | None, heard: PaymentRecord) -> PaymentRecord:
     """Everything that either knows."""
     if known is None:
         return heard
     assert known.id == heard.id, "two payments were taken for one"
     paid = max((paid for paid in (known.paid, heard.paid) if paid is not None), default=None)
-    # Heard as an invoice once, it is one: the payment's own announcement does not say so.
-    kind = FundsKind.INVOICE if FundsKind.INVOICE in (known.kind, heard.kind) else known.kind
+    kind = max(known.kind, heard.kind, key=_KINDS.index)
     return PaymentRecord(
         known.id, kind, paid, _latest(known.refunds, heard.refunds), _latest(known.disputes, heard.disputes)
     )

@@ -35,6 +35,7 @@ from mppnode.ledger.credit_talk import (
     account_of,
     key_of,
 )
+from mppnode.ledger.rows import BrokenRow
 from mppnode.ledger.talk import Talk
 
 _DAY_MS: Final = 86_400_000
@@ -142,6 +143,21 @@ def credit_accounts(after: AccountId | None, limit: int, *, live: bool = False) 
     condition = "live = 1 AND id > ?" if live else "id > ?"
     rows = yield f"{SELECT_CREDIT} WHERE {condition} ORDER BY id LIMIT ?", (after or "", limit)
     return [read_credit(tuple(row)) for row in rows]
+
+
+def held_accounts(
+    after: AccountId | None, limit: int
+) -> Talk[list[tuple[AccountId, CreditAccount | BrokenRow]]]:
+    """A page of accounts with holds in the order of their ids; a broken row is one of them and hides no other."""
+    rows = yield f"{SELECT_CREDIT} WHERE live = 1 AND id > ? ORDER BY id LIMIT ?", (after or "", limit)
+    return [(AccountId(row[0]), _read_or_broken(row)) for row in rows]
+
+
+def _read_or_broken(row: Sequence[Any]) -> CreditAccount | BrokenRow:
+    try:
+        return read_credit(tuple(row))
+    except BrokenRow as error:
+        return error
 
 
 def credit_journal(account: AccountId) -> Talk[list[CreditEvent]]:

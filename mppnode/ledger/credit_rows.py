@@ -152,7 +152,7 @@ def credit_values(account: CreditAccount) -> tuple[int | str, ...]:
         account.charged_at,
         _dumps({name: _hold_row(hold) for name, hold in account.holds.items()}),
         _dumps({key: _spending(spent) for key, spent in account.spending.items()}),
-        _dumps(dict(account.paces)),
+        _dumps({key: _pace_row(pace) for key, pace in account.paces.items()}),
         int(bool(account.holds)),
     )
 
@@ -174,13 +174,18 @@ def read_credit(row: tuple[Any, ...]) -> CreditAccount:
             charged_at=UnixSeconds(charged_at),
             holds=MappingProxyType({HoldId(name): _hold(*hold) for name, hold in holds.items()}),
             spending=MappingProxyType({KeyId(key): Spending(*spent) for key, spent in spending.items()}),
-            paces=MappingProxyType({KeyId(key): tuple(pace) for key, pace in paces.items()}),
+            paces=MappingProxyType({KeyId(key): tuple(map(int, pace)) for key, pace in paces.items()}),
         )
         check(account)
         assert account.held == held, "the sum of the holds is not what is held"
     except (AssertionError, TypeError, ValueError) as error:
         raise BrokenRow(f"credit account {account_id}: {error}") from error
     return account
+
+
+def _pace_row(pace: tuple[int, ...] | None) -> list[int | str] | None:
+    # A limiter adds up all it ever gave back, and JSON's integers end at 64 bits (orjson).
+    return None if pace is None else [part if abs(part) < 2**63 else str(part) for part in pace]
 
 
 def _hold_row(hold: CreditHold) -> tuple[Json, ...]:
@@ -210,11 +215,11 @@ def write_credit_event(event: CreditEvent) -> tuple[str, str]:
         case AccessChanged():
             body = [event.forgot]
         case Held():
-            body = [event.hold, event.granted, event.key, event.owner, event.about, event.pace]
+            body = [event.hold, event.granted, event.key, event.owner, event.about, _pace_row(event.pace)]
         case Charged():
             body = [event.hold, event.consumed, event.at]
         case Released():
-            body = [event.hold, event.pace]
+            body = [event.hold, _pace_row(event.pace)]
         case UsageReported():
             body = [event.total_micro]
         case _:
@@ -247,8 +252,8 @@ def read_credit_event(kind: str, text: str) -> CreditEvent:
             raise BrokenRow(f"unknown event {kind}")
 
 
-def _pace(pace: list[int] | None) -> tuple[int, ...] | None:
-    return None if pace is None else tuple(pace)
+def _pace(pace: list[int | str] | None) -> tuple[int, ...] | None:
+    return None if pace is None else tuple(map(int, pace))
 
 
 # --------------------------------------------------------------------------------------------------------- payments

@@ -12,12 +12,15 @@ from channels.credit import (
     ChangeAccess,
     CreditAccount,
     CreditEvent,
+    CreditFault,
     CreditOutcome,
     CreditPlan,
+    CreditReason,
     FundsMoved,
     KeyId,
     MoveFunds,
     OpenAccount,
+    Released,
     SetOverdraft,
     fold,
     plan,
@@ -75,10 +78,8 @@ _INSERT_KEY: Final = _insert("api_key", KEY_COLUMNS)
 _INSERT_REQUEST: Final = _insert("request", REQUEST_COLUMNS)
 _INSERT_TASK: Final = _insert("outbox", TASK_COLUMNS)
 _INSERT_HEARD: Final = _insert("heard", "id, at_ms")
-_PUT_PAYMENT: Final = (
-    "INSERT INTO payment (id, account, document, at_ms) VALUES (?, ?, ?, ?)"
-    " ON CONFLICT (id) DO UPDATE SET document = excluded.document"
-)
+_INSERT_PAYMENT: Final = _insert("payment", "id, account, document, at_ms")
+_UPDATE_PAYMENT: Final = "UPDATE payment SET document = ? WHERE id = ?"
 SELECT_CREDIT: Final = f"SELECT id, {_COLUMNS} FROM credit"  # noqa: S608 - our own names, as below
 _FOR_UPDATE: Final = f"{SELECT_CREDIT} WHERE id = ? FOR UPDATE"
 _INSERT: Final = _insert("credit", f"id, {_COLUMNS}")
@@ -98,10 +99,22 @@ def transact(account: AccountId, step: Step, at: UnixMillis) -> Talk[CreditPlan]
     """Run a step on an account and write what it planned."""
     before = yield from load_credit(account, lock=True)
     made, beside = step(before)
+    _check_rows(before, made, beside)
     yield from write_credit(before, made, at)
     for row in beside:
-        yield from write_beside(row, made.account, at)
+        yield from write_beside(row)
     return made
+
+
+def _check_rows(before: CreditAccount | None, made: CreditPlan, beside: Sequence[SideRow]) -> None:
+    """What the requests of an account cost is what it was charged: a row says what its hold was released at."""
+    if not any(isinstance(row, RequestRow) for row in beside):
+        return
+    released = {line.reference: -line.amount for line in _lines(before, list(enumerate(made.events)), UnixMillis(0))}
+    for row in beside:
+        if isinstance(row, RequestRow):
+            assert row.account == made.account.id, "a request of another account"
+            assert row.cost == released.get(row.id, 0), "a request does not cost what was charged"
 
 
 def write_credit(before: CreditAccount | None, made: CreditPlan, at: UnixMillis) -> Talk[None]:
@@ -126,26 +139,32 @@ def write_credit(before: CreditAccount | None, made: CreditPlan, at: UnixMillis)
 
 
 def _lines(before: CreditAccount | None, numbered: Sequence[tuple[int, CreditEvent]], at: UnixMillis) -> list[Entry]:
+    """The lines of a statement, each the sum of all before it: funds, less what requests that have ended were charged.
+
+    A request is on it once, when its hold is released, however often it was folded.
+    """
     lines = []
     state = before
     for seq, event in numbered:
+        charged = 0
+        if isinstance(event, Released):
+            assert state is not None
+            charged = state.holds[event.hold].consumed
         state = fold(state, event)
         if isinstance(event, FundsMoved):
-            kind, sign = event.kind.value, "" if event.amount > 0 else "_reversed"
-            lines.append(Entry(state.id, seq, at, kind + sign, event.amount, event.reference, state.balance))
+            kind = event.kind.value if event.amount > 0 else f"{event.kind.value}_reversed"
+            lines.append(Entry(state.id, seq, at, kind, event.amount, event.reference, state.funds - state.final))
+        elif isinstance(event, Released) and charged:
+            lines.append(Entry(state.id, seq, at, "usage", -charged, event.hold, state.funds - state.final))
     return lines
 
 
-def write_beside(row: SideRow, account: CreditAccount, at: UnixMillis) -> Talk[None]:
+def write_beside(row: SideRow) -> Talk[None]:
     """Write a row that belongs to a change of an account. A repeat of it is dropped."""
     if isinstance(row, Task):
         yield from add_task(row)
-        return
-    done = yield _INSERT_REQUEST, _request_values(row)
-    if done and row.cost:
-        # The request's line carries the version that released its hold: one line, however often it was folded.
-        line = Entry(account.id, account.version, at, "usage", -row.cost, row.id, account.balance)
-        yield _many(f"INSERT INTO entry ({ENTRY_COLUMNS})", [_entry_values(line)])
+    else:
+        yield _INSERT_REQUEST, _request_values(row)
 
 
 def _request_values(row: RequestRow) -> tuple[Any, ...]:
@@ -177,10 +196,18 @@ def create_account(row: AccountRow, overdraft: int) -> Talk[CreditAccount]:
     """Raises ``Exists`` naming what is taken."""
     done = yield _INSERT_ACCOUNT, (row.id, row.trust, row.customer, row.document, row.created_ms)
     if not done:
-        raise Exists("trust")
+        raise Exists((yield from _taken(row)))
     made = plan(None, OpenAccount(row.id, overdraft), now=UnixSeconds(row.created_ms // 1000))
     yield from write_credit(None, made, row.created_ms)
     return made.account
+
+
+def _taken(row: AccountRow) -> Talk[str]:
+    for field, value in (("trust", row.trust), ("customer", row.customer)):
+        found = yield f"SELECT 1 FROM account WHERE {field} = ?", (value,)  # noqa: S608
+        if found:
+            return field
+    return "id"
 
 
 def change_account(
@@ -193,18 +220,28 @@ def change_account(
         return None
     found = account_of(rows[0])
     row = change(found)
-    if row.customer is not None and row.customer != found.customer:
-        taken = yield "SELECT 1 FROM account WHERE customer = ?", (row.customer,)
-        if taken:
+    if row.customer != found.customer:
+        # Not an UPDATE after a look: who takes the same customer at the same moment would break a law of the database,
+        # and an error like that ends a node.
+        yield "DELETE FROM account WHERE id = ?", (account,)
+        done = yield _INSERT_ACCOUNT, (account, found.trust, row.customer, row.document, found.created_ms)
+        if not done:
             raise Exists("customer")
-    yield "UPDATE account SET customer = ?, document = ? WHERE id = ?", (row.customer, row.document, account)
+    else:
+        yield "UPDATE account SET document = ? WHERE id = ?", (row.document, account)
     yield from _commanded(before, (ChangeAccess(), *(() if overdraft is None else (SetOverdraft(overdraft),))), at)
     return row
 
 
 def create_key(row: KeyRow, limit: int) -> Talk[bool]:
-    """Add a key; False when the account has ``limit`` live ones already. Raises ``Exists``."""
-    yield from load_credit(row.account, lock=True)
+    """Add a key; False when the account has ``limit`` live ones already.
+
+    Raises:
+        CreditFault: ``NOT_FOUND``: there is no such account.
+        Exists: the id or the digest is taken.
+    """
+    if (yield from load_credit(row.account, lock=True)) is None:
+        raise CreditFault(CreditReason.NOT_FOUND)
     ((live,),) = yield "SELECT COUNT(*) FROM api_key WHERE account = ? AND ended = 0", (row.account,)
     if live >= limit:
         return False
@@ -297,14 +334,19 @@ def book_payment(
     if before is None:
         plan(before, MoveFunds(after.kind, after.id, 0), now=now)  # refuses
     assert before is not None
-    if after != known:
-        yield _PUT_PAYMENT, (heard.id, account, write_payment(after), at)
+    if known is None:
+        # Our account is locked, so who was faster since we looked is another account.
+        done = yield _INSERT_PAYMENT, (heard.id, account, write_payment(after), at)
+        if not done:
+            raise OtherAccounts
+    elif after != known:
+        yield _UPDATE_PAYMENT, (write_payment(after), heard.id)
     middle = yield from _commanded(before, commands, at)
     booked = Booked(middle, middle.funds - before.funds, after, known)
     more, beside = react(middle, booked)
     final = yield from _commanded(middle, more, at)
     for row in beside:
-        yield from write_beside(row, final, at)
+        yield from write_beside(row)
     return Booked(final, booked.moved, after, known)
 
 

@@ -6,6 +6,7 @@ The counterpart of :mod:`mppnode.ledger.books`, and like it the only way a balan
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from collections.abc import Set as AbstractSet
 from functools import partial
@@ -177,11 +178,15 @@ class CreditSweeper:
         """
         released, doubtful = 0, set[HoldId]()
         after: AccountId | None = None
-        while page := await self._credits.read(partial(credit_lists.credit_accounts, after, _PAGE, live=True)):
-            after = page[-1].id
+        while page := await self._credits.read(partial(credit_lists.held_accounts, after, _PAGE)):
+            after = page[-1][0]
             living = await self._ledger.living()
-            for account in page:
-                released += await self._release(account, living, doubtful)
+            for _, account in page:
+                if isinstance(account, CreditAccount):
+                    released += await self._release(account, living, doubtful)
+                else:  # its account stops, and the holds of no other stay behind it
+                    context = {"message": "a row of the ledger is broken", "exception": account}
+                    asyncio.get_running_loop().call_exception_handler(context)
         # Found twice, because a bill may be settled between our reading and our asking.
         self._doubtful = doubtful
         return released

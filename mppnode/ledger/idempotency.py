@@ -25,6 +25,8 @@ _STORE: Final = (
     "UPDATE idempotency SET owner = '', answer = ?, at_ms = ? WHERE scope = ? AND name = ? AND owner = ? RETURNING 1"
 )
 
+_PURGE: Final = "DELETE FROM idempotency WHERE at_ms < ? AND (owner = '' OR owner NOT IN (SELECT id FROM node))"
+
 
 class Claim(Enum):
     """What became of the wish to do a request."""
@@ -78,5 +80,5 @@ def give_up(scope: str, name: str, owner: NodeId) -> Talk[None]:
 
 
 def purge(at: UnixMillis) -> Talk[None]:
-    """Forget answers that are older than :data:`KEPT_MS`."""
-    yield "DELETE FROM idempotency WHERE owner = '' AND at_ms < ?", (at - KEPT_MS,)
+    """Forget answers that are older than :data:`KEPT_MS`, and claims as old whose owners have died."""
+    yield _PURGE, (at - KEPT_MS,)
