@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_money(commands)
     _add_prices(commands)
+    _add_accounts(commands)
 
     demo = commands.add_parser("demo", help="one paid stream on a development network, from open to close")
     demo.add_argument("--json", action="store_true", help="print one summary object and nothing else")
@@ -117,11 +118,88 @@ def _add_prices(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     prices.set_defaults(run=_prices)
 
 
+def _add_accounts(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--config", type=Path, required=True, metavar="FILE", help="the node's configuration")
+    common.add_argument("--json", action="store_true", help="one JSON object per line")
+    one = argparse.ArgumentParser(add_help=False)
+    one.add_argument("account", metavar="ACCOUNT", help="its id, or the name X-Trust calls it")
+    limit = argparse.ArgumentParser(add_help=False)
+    limit.add_argument("--trust-limit", metavar="USD", help="what a post-paid account may owe")
+
+    accounts = commands.add_parser("accounts", help="customers without a channel")
+    actions = accounts.add_subparsers(dest="action", required=True, metavar="ACTION")
+    create = actions.add_parser("create", parents=[common, limit], help="open an account")
+    create.add_argument("trust", metavar="NAME", help="what X-Trust and tokens call it")
+    create.add_argument("--kind", choices=["user", "organisation", "trust"], default="user")
+    create.add_argument("--email")
+    create.add_argument("--terms", choices=["prepaid", "postpaid"], default="prepaid")
+    actions.add_parser("list", parents=[common], help="every account")
+    verbs = {"show": "everything about one", "suspend": "refuse its requests", "resume": "serve it again"}
+    for verb, words in verbs.items():
+        actions.add_parser(verb, parents=[common, one], help=words)
+    terms = actions.add_parser("terms", parents=[common, one, limit], help="whether it pays before or afterwards")
+    terms.add_argument("terms", choices=["prepaid", "postpaid"])
+    accounts.set_defaults(run=_accounts("accounts"))
+
+    _add_keys(commands, common, one)
+
+    credit = commands.add_parser("credits", help="what accounts have left; give and take credit")
+    actions = credit.add_subparsers(dest="action", required=True, metavar="ACTION")
+    actions.add_parser("show", parents=[common, one], help="balance, held and available")
+    for verb, words in {"grant": "give credit", "deduct": "take credit"}.items():
+        action = actions.add_parser(verb, parents=[common, one], help=words)
+        action.add_argument("amount", metavar="USD")
+        action.add_argument("--reference", required=True, help="booked once under it, however often this is said")
+    lines = actions.add_parser("transactions", parents=[common, one], help="its statement, the newest first")
+    lines.add_argument("--limit", type=int, choices=range(1, 1001), default=100, metavar="N")
+    credit.set_defaults(run=_accounts("credit"))
+
+
+def _add_keys(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser],
+    common: argparse.ArgumentParser,
+    one: argparse.ArgumentParser,
+) -> None:
+    keys = commands.add_parser("keys", help="the API keys of an account")
+    actions = keys.add_subparsers(dest="action", required=True, metavar="ACTION")
+    create = actions.add_parser("create", parents=[common, one], help="make a key; its text is shown once")
+    create.add_argument("--name")
+    create.add_argument("--model", action="append", default=[], help="the only ones it may use (repeatable)")
+    create.add_argument("--optimize", metavar="MODE", help="of model auto")
+    create.add_argument("--strategy", help="cheapest, fastest or balanced")
+    create.add_argument("--allow-external", action=argparse.BooleanOptionalAction)
+    create.add_argument("--max-input-cents", type=int, metavar="N", help="per million tokens; with the other one")
+    create.add_argument("--max-output-cents", type=int, metavar="N")
+    for window in ("day", "month", "total"):
+        create.add_argument(f"--{window}-cap", metavar="USD", help=f"most it may spend: {window}")
+    for name in ("rpm", "tpm", "concurrency"):
+        create.add_argument(f"--{name}", type=int, metavar="N")
+    create.add_argument("--expires", metavar="TIME", help="RFC 3339")
+    actions.add_parser("list", parents=[common, one], help="every key, ended ones too")
+    revoke = actions.add_parser("revoke", parents=[common, one], help="end a key at once, on every node")
+    revoke.add_argument("key", metavar="KEY", help="its id")
+    rotate = actions.add_parser("rotate", parents=[common, one], help="put a new key in a key's place")
+    rotate.add_argument("key", metavar="KEY", help="its id")
+    rotate.add_argument("--overlap", type=int, default=86_400, metavar="SECONDS", help="both work in it (default a day)")
+    keys.set_defaults(run=_accounts("keys"))
+
+
 def _money(name: str) -> Callable[[argparse.Namespace], int]:
     def run(options: argparse.Namespace) -> int:
         from mppnode.cli import money
 
         command: Callable[[argparse.Namespace], int] = getattr(money, name)
+        return command(options)
+
+    return run
+
+
+def _accounts(name: str) -> Callable[[argparse.Namespace], int]:
+    def run(options: argparse.Namespace) -> int:
+        from mppnode.cli import accounts
+
+        command: Callable[[argparse.Namespace], int] = getattr(accounts, name)
         return command(options)
 
     return run
