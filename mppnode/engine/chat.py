@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Final, Protocol
 
 from channels.faults import ChannelFault
-from channels.model import Account
 from channels.units import Pico
 from mppnode.engine.attempts import CALLERS_FAULT, Answer, Failover
 from mppnode.engine.lookup import look_up
-from mppnode.engine.market import Market, Quote, Route
+from mppnode.engine.market import STRANGER, Caller, Market, Quote, Route
 from mppnode.engine.paid import PaidChat
+from mppnode.engine.record import Record
 from mppnode.engine.stream import Ending, StreamLimits
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.faults import NodeFault, NodeReason
@@ -26,10 +27,7 @@ from mppnode.metering.calibration import Calibration
 from mppnode.metering.tally import Tally, TokenSource, prompt_tokens_charged, prompt_tokens_held
 from mppnode.observe.logs import Level, Log
 from mppnode.providers.base import Call, Lookup, PriceCap, Transport
-from mppnode.rails.base import Offer
-from mppnode.rails.live import LiveChannels
-from mppnode.rails.presented import Presented
-from mppnode.rails.session import Need, SessionRail
+from mppnode.rails.base import Need, Offer, Purchase, Tab
 
 _FIRST_WINDOW_TOKENS: Final = 64
 _BASIS: Final = 10_000
@@ -51,8 +49,6 @@ class ChatEngine:
         *,
         market: Market,
         transport: Transport,
-        rail: SessionRail,
-        live: LiveChannels,
         owner: TaskOwner,
         clock: Clock,
         limits: StreamLimits,
@@ -67,8 +63,6 @@ class ChatEngine:
         self._attempts_max = attempts_max
         self._market = market
         self._transport = transport
-        self._rail = rail
-        self._live = live
         self._owner = owner
         self._clock = clock
         self._limits = limits
@@ -92,13 +86,13 @@ class ChatEngine:
         """
         return self._market.offer(route, chat)
 
-    def quote(self, chat: ChatRequest) -> Quote:
+    def quote(self, chat: ChatRequest, caller: Caller = STRANGER) -> Quote:
         """What a request would be sold for now, by whom, and the most it could cost: what :meth:`start` would reserve.
 
         Raises:
             NodeFault: as :meth:`offer`.
         """
-        route = self._market.route(chat, bound=None, payer=None)
+        route = self._market.route(chat, caller)
         return Quote(route, Pico(need_of(chat, route.bound, route.max_output).cap_pico))
 
     def stop(self) -> None:
@@ -112,35 +106,35 @@ class ChatEngine:
         if self._running >= self._streams_max:
             raise NodeFault(NodeReason.OVERLOADED, detail="too many live requests", retry_after_s=1)
 
-    def route(self, presented: Presented, chat: ChatRequest) -> Route:
+    def route(self, chat: ChatRequest, caller: Caller) -> Route:
         """Decide who is to serve a request that is to be paid, before any money moves.
 
         Raises:
             ChannelFault: ``INVALID_CHALLENGE`` when prices have risen above what the challenge quoted.
             NodeFault: nobody could serve it.
         """
-        return self._market.route(chat, bound=presented.quoted, payer=presented.payload.channel_id)
+        return self._market.route(chat, caller)
 
     async def start(
-        self,
-        presented: Presented,
-        account: Account,
-        chat: ChatRequest,
-        offer: Offer,
-        route: Route,
-        *,
-        request_id: str,
+        self, purchase: Purchase, chat: ChatRequest, route: Route, *, request_id: str, record: Record | None = None
     ) -> PaidChat:
         """Reserve for a request and find a provider that has begun to serve it; nothing has been charged on return.
 
+        ``record`` keeps what is answered; it is ended or dropped, whatever happens.
+
         Raises:
             ChannelFault: the reservation was refused.
-            NodeFault: nobody served it; the reservation is released.
+            NodeFault: it was refused, or nobody served it; the reservation is released.
         """
-        run = await self._admit(presented, account, chat, offer, route, request_id=request_id)
+        try:
+            run = await self._admit(purchase, chat, route, request_id=request_id, record=record)
+        except BaseException:
+            if record is not None:
+                self._owner.spawn(record.drop(), name="drop record")
+            raise
         try:
             self.probe("connect.before")
-            await run.connect(lambda: self._find(run, chat, route))
+            await run.connect(lambda: self._find(run, run.chat, route))
             self.probe("connect.after")
         except BaseException:
             # Also on cancellation: the hold must not outlive its request, so the owner ends it even if we are cut off.
@@ -149,29 +143,23 @@ class ChatEngine:
         return run
 
     async def _admit(
-        self,
-        presented: Presented,
-        account: Account,
-        chat: ChatRequest,
-        offer: Offer,
-        route: Route,
-        *,
-        request_id: str,
+        self, purchase: Purchase, chat: ChatRequest, route: Route, *, request_id: str, record: Record | None = None
     ) -> PaidChat:
         """Reserve for a request; a client that leaves meanwhile leaves no reservation behind.
 
         Cancelling the commit itself would not undo it: the hold would have no owner until the next restart.
         """
 
-        async def reserve() -> PaidChat | ChannelFault:
+        async def reserve() -> PaidChat | ChannelFault | NodeFault:
             need = need_of(chat, route.bound, route.max_output)
             try:
-                tab = await self._rail.open_tab(presented, account, need, offer.unit.amount)
-            except ChannelFault as fault:  # an answer, not a failed task
+                tab = await purchase.open(need, chat, request_id)
+            except (ChannelFault, NodeFault) as fault:  # an answer, not a failed task
                 return fault
-            run = PaidChat(self, tab, chat, route, request_id)
+            able = _afforded(chat, need, tab)
+            run = PaidChat(self, purchase, tab, able, route, request_id=request_id, record=record)
             self._running += 1
-            self._live.on_supersede(tab, run.supersede)
+            purchase.on_supersede(tab, run.supersede)
             return run
 
         task = self._owner.start(reserve(), name="reserve")
@@ -181,11 +169,11 @@ class ChatEngine:
             task.add_done_callback(self._release)
             raise
         outcome = task.result()
-        if isinstance(outcome, ChannelFault):
+        if isinstance(outcome, (ChannelFault, NodeFault)):
             raise outcome
         return outcome
 
-    def _release(self, task: asyncio.Task[PaidChat | ChannelFault]) -> None:
+    def _release(self, task: asyncio.Task[PaidChat | ChannelFault | NodeFault]) -> None:
         if not task.cancelled() and task.exception() is None and isinstance(run := task.result(), PaidChat):
             settled = run.settle(Pico(0), Ending.DISCONNECTED)
             run.releasing = self._owner.start(settled, name="release hold")
@@ -291,15 +279,14 @@ class ChatEngine:
     async def ended(self, run: PaidChat, total: Pico, ending: Ending) -> None:
         """Settle a request's bill and forget it."""
         try:
-            await run.tab.finish(total)
+            await run.tab.settle(total, run.facts(ending))
         finally:
             self._running -= 1
-            self._rail.done(run.tab)
-            account, tally, answer = run.tab.account, run.tally, run.answer
+            run.purchase.done(run.tab)
+            tally, answer = run.tally, run.answer
             self._log(
                 "request.ended",
                 request=run.request_id,
-                channel="0x" + account.id.hex(),
                 ending=ending.value,
                 model=None if answer is None else answer.listing.model,
                 provider=None if answer is None else answer.listing.provider,
@@ -310,9 +297,7 @@ class ChatEngine:
                 runs_on=ending is not Ending.COMPLETE and answer is not None and self._runs_on(answer),
                 stall_ms=run.stall_ms,
                 charged_pico=int(total),
-                spent=account.spent,
-                accepted=account.accepted,
-                version=account.version,
+                **run.tab.logged(),  # type: ignore[arg-type]  # its fields; none is a level
             )
 
     def _runs_on(self, answer: Answer) -> bool:
@@ -350,7 +335,9 @@ def need_of(chat: ChatRequest, rates: Rates, max_output: int) -> Need:
     charged = price(Usage(prompt=prompt_tokens_charged(chat.prompt_bytes), images=chat.images), rates)
     whole = max(prompt + min(chat.max_tokens, max_output) * chat.choices * rates.output_max, 1)
     if not chat.stream:
-        return Need(Pico(whole), Pico(whole), reserve_pico=0, token_pico=token, cap_pico=whole, stream=False)
+        return Need(
+            Pico(whole), Pico(whole), reserve_pico=0, token_pico=token, cap_pico=whole, stream=False, prompt_pico=prompt
+        )
     floor = prompt + chat.choices * token
     want = min(prompt + _FIRST_WINDOW_TOKENS * token, max(whole, floor))
     return Need(
@@ -360,7 +347,16 @@ def need_of(chat: ChatRequest, rates: Rates, max_output: int) -> Need:
         token_pico=token,
         cap_pico=max(whole, floor),
         stream=True,
+        prompt_pico=prompt,
     )
+
+
+def _afforded(chat: ChatRequest, need: Need, tab: Tab) -> ChatRequest:
+    """The request with as long an answer as its hold pays for, where that hold is all there will be."""
+    if tab.windowed or tab.granted >= need.cap_pico:
+        return chat
+    tokens = (tab.granted - need.prompt_pico) // (need.token_pico * chat.choices)
+    return replace(chat, max_tokens=max(tokens, 1), limited=True)
 
 
 def _tokens_of(chat: ChatRequest, listing: Listing) -> int:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
-from mppnode.engine.market import Chosen
+from mppnode.engine.market import Caller, Chosen
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.faults import NodeFault, NodeReason
 from mppnode.kernel.listing import Listing
-from mppnode.kernel.rates import Rates
 from mppnode.kernel.requests import ChatRequest
 from mppnode.kernel.wishes import Optimize
 from mppnode.pricing.catalog import Catalog
@@ -45,7 +44,7 @@ class AutoChooser:
         self._pool = pool
         self._optimize = optimize
 
-    def choose(self, chat: ChatRequest, bound: Rates | None) -> Chosen | None:
+    def choose(self, chat: ChatRequest, caller: Caller) -> Chosen | None:
         """The best models for a prompt, or None when the caller has named one. Raises as ``Chooser.choose``."""
         wishes = chat.wishes
         if wishes.models[0] != AUTO:
@@ -53,11 +52,10 @@ class AutoChooser:
         begun = self._clock.monotonic()
         catalog = self._catalog()
         reading = classify(chat.messages, needs=chat.needs, prompt_bytes=chat.prompt_bytes, task=wishes.task)
-        pool = pool_of(
-            wishes.pool, (self._pool or None,), on_sale=catalog.models()[:_POOL_MAX], lookup=catalog.listings
-        )
+        pool = self._pool_for(wishes.pool, caller, catalog)
+        defaults = (*caller.defaults, *self._defaults)
         wish = replace(
-            plan(wishes, self._defaults, needs=chat.needs, prompt_tokens=0, max_tokens=1), bound=bound
+            plan(wishes, defaults, needs=chat.needs, prompt_tokens=0, max_tokens=1), bound=caller.bound
         )
         candidates = [each for model in pool if (each := self._candidate(catalog, model, reading, chat, wish))]
         if not candidates:
@@ -67,11 +65,23 @@ class AutoChooser:
                 detail="is auto, and no model of the pool has a provider at this price",
                 excluded={"max_price": len(pool)},
             )
-        choice = choose(
-            reading, candidates, wishes.optimize or self._optimize, max_tokens=chat.max_tokens, needs=chat.needs
-        )
+        optimize = wishes.optimize or caller.optimize or self._optimize
+        choice = choose(reading, candidates, optimize, max_tokens=chat.max_tokens, needs=chat.needs)
         took = round((self._clock.monotonic() - begun) * _MS, 3)
         return Chosen(choice.models, choice.decision(took))
+
+    def _pool_for(self, asked: tuple[str, ...] | None, caller: Caller, catalog: Catalog) -> tuple[str, ...]:
+        """What to choose from: never more than the caller's key and account allow."""
+        for model in asked or ():
+            if not caller.may_use(model):
+                raise NodeFault(
+                    NodeReason.MODEL_FORBIDDEN, field="routing.model_pool", detail="names a model the key may not use"
+                )
+        # A pool is all its owner wants, so the first 200 models of the catalog are no limit to it.
+        on_sale = catalog.models() if caller.pools else catalog.models()[:_POOL_MAX]
+        allowed = [model for model in on_sale if caller.may_use(model)][:_POOL_MAX]
+        defaults = (None if caller.pools else self._pool or None,)
+        return pool_of(asked, defaults, on_sale=allowed, lookup=catalog.listings)
 
     def _candidate(
         self, catalog: Catalog, model: str, reading: Reading, chat: ChatRequest, wish: Wish

@@ -17,6 +17,7 @@ from mppnode.kernel.listing import Listing
 from mppnode.kernel.rates import Rates
 from mppnode.kernel.requests import ChatRequest, Role
 from mppnode.kernel.strategy import Strategy
+from mppnode.kernel.wishes import Optimize
 from mppnode.metering.tally import media_tokens_held
 from mppnode.pricing.book import usual_unit
 from mppnode.pricing.catalog import Catalog
@@ -60,11 +61,33 @@ class Chosen:
     decision: Mapping[str, Any]
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """What is known of whoever asks, beyond the request itself."""
+
+    payer: bytes = b""
+    """Names the payer, for the affinity of conversations; empty is nobody in particular."""
+    bound: Rates | None = None
+    """What a signed challenge quoted: nothing above it is charged."""
+    defaults: tuple[Preferences, ...] = ()
+    """Of the caller's key and account, the most specific first; the node's own come after them."""
+    pools: tuple[tuple[str, ...], ...] = ()
+    """The only models the caller may use: each list is a limit of its own, the most specific first."""
+    optimize: Optimize | None = None
+
+    def may_use(self, model: str) -> bool:
+        """Whether no pool leaves this model out."""
+        return all(model in pool for pool in self.pools)
+
+
+STRANGER: Final = Caller()
+
+
 class Chooser(Protocol):
     """Chooses models by what a prompt asks for."""
 
-    def choose(self, chat: ChatRequest, bound: Rates | None) -> Chosen | None:
-        """The models to try, at most as dear as ``bound``, or None when the caller has named one.
+    def choose(self, chat: ChatRequest, caller: Caller) -> Chosen | None:
+        """The models to try, at most as dear as was quoted, or None when the caller has named one.
 
         Raises:
             NodeFault: ``INVALID_FIELD``, ``UNKNOWN_MODEL`` or ``NO_PROVIDER``.
@@ -123,19 +146,20 @@ class Market:
             asked = models[0]
             wish = Wish((asked,))
         else:
-            wish, _ = self._wish(chat, bound=None, payer=None)
+            wish, _ = self._wish(chat, STRANGER)
             asked = _asked(chat)
         rates = bound_of(self._able(wish))
         return Offer(route, asked, rates, usual_unit(rates))
 
-    def route(self, chat: ChatRequest, *, bound: Rates | None, payer: bytes | None) -> Route:
-        """Decide who serves a request, within what its challenge has quoted.
+    def route(self, chat: ChatRequest, caller: Caller) -> Route:
+        """Decide who serves a request, within what its challenge has quoted and its key allows.
 
         Raises:
             ChannelFault: ``INVALID_CHALLENGE`` when somebody could serve it, but not at the quoted rates.
-            NodeFault: as :meth:`Router.decide`.
+            NodeFault: as :meth:`Router.decide`, or ``MODEL_FORBIDDEN``.
         """
-        wish, decision = self._wish(chat, bound=bound, payer=payer)
+        bound = caller.bound
+        wish, decision = self._wish(chat, caller)
         now = Moment.of(self.clock)
         able = self._able(wish)
         if bound is not None:
@@ -190,22 +214,28 @@ class Market:
             detail = "is longer, with max_tokens, than the context of every provider of this model"
             raise NodeFault(NodeReason.INVALID_FIELD, field="messages", detail=detail) from None
 
-    def _wish(
-        self, chat: ChatRequest, *, bound: Rates | None, payer: bytes | None
-    ) -> tuple[Wish, Mapping[str, Any] | None]:
-        chosen = None if self.chooser is None else self.chooser.choose(chat, bound)
+    def _wish(self, chat: ChatRequest, caller: Caller) -> tuple[Wish, Mapping[str, Any] | None]:
+        chosen = None if self.chooser is None else self.chooser.choose(chat, caller)
+        if chosen is None:
+            _require_allowed(chat.wishes.models, "model", caller)
         wish = plan(
             chat.wishes if chosen is None else replace(chat.wishes, models=chosen.models),
-            self.defaults,
+            (*caller.defaults, *self.defaults),
             needs=chat.needs,
             # The likely length, not the longest possible: who finds it too long after all is asked before anybody pays.
             prompt_tokens=chat.prompt_bytes // _BYTES_PER_TOKEN + media_tokens_held(chat.images, chat.audio_bytes),
             max_tokens=chat.max_tokens,
             elastic=not chat.limited,
-            affinity=affinity_key(payer or b"", cache_key=chat.wishes.cache_key, opening=_opening(chat)),
-            bound=bound,
+            affinity=affinity_key(caller.payer, cache_key=chat.wishes.cache_key, opening=_opening(chat)),
+            bound=caller.bound,
         )
         return wish, None if chosen is None else chosen.decision
+
+
+def _require_allowed(models: Sequence[str], field: str, caller: Caller) -> None:
+    for model in models:
+        if not caller.may_use(model):
+            raise NodeFault(NodeReason.MODEL_FORBIDDEN, field=field, detail="is not in the model pool of this key")
 
 
 def _opening(chat: ChatRequest) -> list[str]:

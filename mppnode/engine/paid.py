@@ -11,17 +11,18 @@ import orjson
 from channels.faults import ChannelFault, Reason
 from channels.units import Pico
 from channels.wire import sse
-from channels.wire.receipt import SessionReceipt
 from mppnode.engine import frames
 from mppnode.engine.attempts import Answer
+from mppnode.engine.record import Record
 from mppnode.engine.sink import Sink
 from mppnode.engine.stream import Ending, PaidStream
 from mppnode.kernel.faults import NodeFault
 from mppnode.kernel.listing import Listing
 from mppnode.kernel.requests import ChatRequest
+from mppnode.kernel.usage import Usage
 from mppnode.metering.tally import Tally, TokenSource
-from mppnode.providers.base import UpstreamResponse
-from mppnode.rails.tab import SessionTab
+from mppnode.providers.base import Completion, UpstreamResponse
+from mppnode.rails.base import Facts, Purchase, Tab
 
 if TYPE_CHECKING:
     from mppnode.engine.chat import ChatEngine
@@ -43,8 +44,12 @@ class PaidChat:
         "_waiting",
         "answer",
         "attempts",
+        "begun",
         "chat",
         "cost",
+        "first_at",
+        "purchase",
+        "record",
         "releasing",
         "request_id",
         "route",
@@ -55,10 +60,22 @@ class PaidChat:
     )
 
     def __init__(
-        self, engine: ChatEngine, tab: SessionTab, chat: ChatRequest, route: Route, request_id: str
+        self,
+        engine: ChatEngine,
+        purchase: Purchase,
+        tab: Tab,
+        chat: ChatRequest,
+        route: Route,
+        *,
+        request_id: str,
+        record: Record | None,
     ) -> None:
         self.request_id = request_id
+        self.purchase = purchase
         self.tab = tab
+        self.begun = engine.clock.monotonic()
+        self.first_at: float | None = None
+        """When the first output was there, on the same clock."""
         self.chat = chat
         self.route = route
         self.tally: Tally | None = None
@@ -73,16 +90,36 @@ class PaidChat:
         self.releasing: asyncio.Task[None] | None = None
         self.stall_ms = 0
         self.cost = Pico(0)
+        self.record = record
         # Not an Event: a kilobyte each, and thousands of streams may wait for their payers at once.
         self._settled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def receipt(self, *, final: bool = False) -> SessionReceipt:
-        """The receipt as of the last committed state; a final one counts this request's tokens."""
-        tokens = None
-        if final and self.tally is not None:
-            usage = self.tally.usage()
-            tokens = usage.prompt + usage.completion
-        return self.tab.receipt(self._engine.clock.now_millis(), tokens=tokens)
+    @property
+    def tokens(self) -> int:
+        """Of prompt and answer, as far as this request has got."""
+        if self.tally is None:
+            return 0
+        usage = self.tally.usage()
+        return usage.prompt + usage.completion
+
+    def facts(self, ending: Ending) -> Facts:
+        """What became of this request."""
+        tally, listing = self.tally, None if self.answer is None else self.answer.listing
+        now, first = self._engine.clock.monotonic(), self.first_at
+        return Facts(
+            request=self.request_id,
+            ending=ending.value,
+            complete=ending is Ending.COMPLETE,
+            stream=self.chat.stream,
+            model=self.chat.model if listing is None else listing.model,
+            provider="" if listing is None else listing.provider,
+            strategy=self.route.strategy.value,
+            attempts=self.attempts,
+            usage=Usage() if tally is None else tally.usage(),
+            token_source="" if tally is None else tally.source.value,
+            first_ms=None if first is None else round((first - self.begun) * 1000),
+            duration_ms=round((now - self.begun) * 1000),
+        )
 
     def accepted(self, listing: Listing, response: UpstreamResponse | None) -> None:
         """Learn which provider has taken the prompt, and with None that it has failed after all."""
@@ -102,6 +139,7 @@ class PaidChat:
             self.answer = await find()
 
         await self._interruptible(keep, "connect")
+        self.first_at = self._engine.clock.monotonic()
 
     async def _interruptible(self, work: Callable[[], Awaitable[T]], name: str) -> T:
         async def run() -> T | NodeFault:
@@ -164,6 +202,8 @@ class PaidChat:
         finally:
             if not self._settled.done():
                 self._settled.set_result(None)
+            if self.record is not None:
+                await self.record.drop()
 
     # --------------------------------------------------------------------------------------------------- streaming
 
@@ -176,6 +216,8 @@ class PaidChat:
         assert answer is not None
         assert answer.decoder is not None
         assert tally is not None
+        if self.record is not None:
+            sink = self.record.through(sink)
         if self.route.decision is not None:
             sink.write(frames.routing_frame(self.route.decision))
         self._stream = PaidStream(
@@ -218,14 +260,18 @@ class PaidChat:
         if ending is Ending.DISCONNECTED and not stream.delivered_tokens:
             total = self._forsaken()
         # A report beyond what was asked for is the provider's affair: nobody pays more than the request could cost.
-        await self.settle(Pico(min(total, self.tab.cap_pico)), ending)
+        self.cost = Pico(min(total, self.tab.cap_pico))
+        last = b"".join(self._last_frames(stream, ending, tally))
+        if self.record is not None:
+            await self.record.end(last + sse.DONE, complete=ending is Ending.COMPLETE)
+        await self.settle(self.cost, ending)
         if ending is Ending.COMPLETE:
             self._engine.learn(answer.listing, tally)
         if tally.report is None:
             self._engine.look_up(answer, tally)
         if not sink.gone():
             self._engine.probe("receipt.before")
-            sink.write(b"".join(self._last_frames(stream, ending, tally)))
+            sink.write(last + self.tab.receipt_frame(self._engine.clock.now_millis(), self.tokens) + sse.DONE)
             self._engine.probe("receipt.after")
 
     def _last_frames(self, stream: PaidStream, ending: Ending, tally: Tally) -> list[bytes]:
@@ -243,11 +289,11 @@ class PaidChat:
         elif self.chat.include_usage is None:
             # A caller who did not ask for a chunk without choices gets the usage on the last one that has them.
             last = [*last[:-1], frames.with_usage(last[-1], usage)] if last else [frames.usage_frame(first, usage)]
-        return [*last, sse.receipt_frame(self.receipt(final=True)), sse.DONE]
+        return last
 
     # --------------------------------------------------------------------------------------------------- buffered
 
-    async def complete(self) -> tuple[bytes, SessionReceipt]:
+    async def complete(self) -> bytes:
         """The whole response as one JSON object with ``usage``, charged by its usage.
 
         Raises:
@@ -259,22 +305,24 @@ class PaidChat:
         assert tally is not None
         completion = answer.completion
         # From here on nobody interrupts: cancelled while the charge commits, it would be billed and not delivered.
-        settling = self._engine.owner.start(self._charge(answer, tally), name="charge")
+        settling = self._engine.owner.start(self._charge(answer, completion, tally), name="charge")
         await asyncio.wait({settling})
-        settling.result()
-        document = completion.document
-        document["usage"] = frames.usage_json(tally.usage(), self.cost)
-        if self.route.decision is not None:
-            document["routing"] = dict(self.route.decision)
-        return orjson.dumps(document), self.receipt(final=True)
+        return settling.result()
 
-    async def _charge(self, answer: Answer, tally: Tally) -> None:
-        completion = answer.completion
-        assert completion is not None
+    async def _charge(self, answer: Answer, completion: Completion, tally: Tally) -> bytes:
         tally.count_whole(completion.text)
         tally.report = completion.usage
         answer.watch.ended(tokens=0, seconds=0.0)
         await self._engine.count(answer.listing, tally)
-        await self.settle(Pico(min(tally.total(), self.tab.granted, self.tab.cap_pico)), Ending.COMPLETE)
+        self.cost = Pico(min(tally.total(), self.tab.granted, self.tab.cap_pico))
+        document = completion.document
+        document["usage"] = frames.usage_json(tally.usage(), self.cost)
+        if self.route.decision is not None:
+            document["routing"] = dict(self.route.decision)
+        body = orjson.dumps(document)
+        if self.record is not None:
+            await self.record.end(body, complete=True)
+        await self.settle(self.cost, Ending.COMPLETE)
         if tally.source is TokenSource.REPORTED:
             self._engine.learn(answer.listing, tally)
+        return body

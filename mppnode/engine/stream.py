@@ -26,7 +26,7 @@ from mppnode.engine.sink import Sink
 from mppnode.kernel.probe import Probe, unwatched
 from mppnode.metering.tally import Tally
 from mppnode.providers.base import Chunk, ChunkDecoder, UpstreamFault, UpstreamResponse
-from mppnode.rails.tab import SessionTab
+from mppnode.rails.base import Tab
 
 _HIGH_WATER: Final = 16 * 1024  # unsent bytes per client before its upstream is paused (reliability: section 2.9)
 _DRAIN_POLL_S: Final = 0.005
@@ -106,7 +106,7 @@ class PaidStream:
         *,
         upstream: UpstreamResponse,
         decoder: ChunkDecoder,
-        tab: SessionTab,
+        tab: Tab,
         tally: Tally,
         sink: Sink,
         limits: StreamLimits,
@@ -259,7 +259,7 @@ class PaidStream:
             self._probe("need_voucher.before")
             ready.append(
                 sse.need_voucher_frame(
-                    tab.account.id, required=need.required, accepted=need.accepted, deposit=need.deposit
+                    need.channel, required=need.required, accepted=need.accepted, deposit=need.deposit
                 )
             )
         if ready:

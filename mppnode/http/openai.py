@@ -1,4 +1,4 @@
-"""``/v1/chat/completions`` for payers with a session credential.
+"""``/v1/chat/completions``: payers with a session credential here, those with an API key in :mod:`keyed`.
 
 A request with a body asks for content; one without manages its channel. The body is judged before any money moves, so
 a bad request loses nothing; the challenge is judged before the body buys anything.
@@ -6,7 +6,6 @@ a bad request loses nothing; the challenge is judged before the body buys anythi
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -15,23 +14,28 @@ from aiohttp import web
 from channels.faults import ChannelFault, Reason
 from channels.model import Account
 from channels.units import Units
-from channels.wire import accept_payment
+from channels.wire import accept_payment, sse
 from channels.wire.challenge import Challenge
 from channels.wire.credential import Envelope, decode_envelope
 from channels.wire.headers import payment_credentials, serialize_challenge
 from channels.wire.receipt import SessionReceipt
 from mppnode.engine.chat import ChatEngine
+from mppnode.engine.market import Caller
 from mppnode.engine.paid import PaidChat
+from mppnode.engine.record import Idempotence, Kept, Record
 from mppnode.http import disclosure
+from mppnode.http.answers import EVENTS, JSON, asked_of, body_of, idempotency_key, replayed, streamed, streams
+from mppnode.http.keyed import KeyedChat, bearer_of
 from mppnode.http.middleware import REQUEST_ID
 from mppnode.http.problem import STATUS, error_body, problem_body, retry_headers
-from mppnode.http.sse import EventStream, small_send_buffer
-from mppnode.kernel.faults import NodeFault, NodeReason
+from mppnode.kernel.clock import Clock
+from mppnode.kernel.faults import NodeFault
 from mppnode.kernel.requests import ChatLimits, ChatRequest, parse_chat
 from mppnode.ledger.books import Books
 from mppnode.rails.base import Offer
 from mppnode.rails.presented import Presented
 from mppnode.rails.session import Opened, SessionRail
+from mppnode.rails.tab import SessionTab
 
 PATH: Final = "/v1/chat/completions"
 ROUTE: Final = f"POST {PATH}"
@@ -39,7 +43,6 @@ EXPOSED: Final = ", ".join(
     ("WWW-Authenticate", "Payment-Receipt", "Payment-Session", "Payment-Session-Snapshot", *disclosure.HEADERS)
 )
 _PAYMENT_REQUIRED: Final = 402
-_BODY_S: Final = 30.0  # for a whole body (reliability: section 2.9)
 _PROVEN: Final = frozenset(
     {Reason.INSUFFICIENT_BALANCE, Reason.CLOSE_BELOW_SPENT, Reason.CREDENTIAL_USED, Reason.VOUCHER_EXCEEDS_DEPOSIT}
 )
@@ -49,10 +52,24 @@ _PROVEN: Final = frozenset(
 class ChatSurface:
     """Bytes to engine calls and back, for the chat route."""
 
-    def __init__(self, *, engine: ChatEngine, rail: SessionRail, books: Books, limits: ChatLimits) -> None:
+    def __init__(
+        self,
+        *,
+        engine: ChatEngine,
+        rail: SessionRail,
+        books: Books,
+        keyed: KeyedChat,
+        idempotence: Idempotence,
+        clock: Clock,
+        limits: ChatLimits,
+        **_: object,
+    ) -> None:
         self._engine = engine
         self._rail = rail
         self._books = books
+        self._keyed = keyed
+        self._idempotence = idempotence
+        self._clock = clock
         self._limits = limits
 
     def routes(self) -> Sequence[web.RouteDef]:
@@ -81,6 +98,9 @@ class ChatSurface:
         """Serve content, manage a channel, or say what either costs."""
         body = b"" if request.method == "HEAD" else await body_of(request)
         call = _Call(request, body)
+        bearer = bearer_of(call.credentials)
+        if bearer is not None and request.method != "HEAD":
+            return await self._keyed.serve(request, body, bearer)
         try:
             return await self._serve(call)
         except ChannelFault as fault:
@@ -90,7 +110,9 @@ class ChatSurface:
 
     async def _serve(self, call: _Call) -> web.StreamResponse:
         begun = await self._begin(call)
-        return begun if isinstance(begun, web.Response) else await self._stream(call, begun)
+        if isinstance(begun, web.Response):
+            return begun
+        return await streamed(call.request, begun, _paid_headers(self._receipt(begun, tokens=None)))
 
     async def _begin(self, call: _Call) -> web.Response | PaidChat:
         """Everything but a stream, which is only begun.
@@ -102,15 +124,43 @@ class ChatSurface:
         if chat is None:
             return _managed(await self._rail.manage(presented))
         # Before the money: a payer whose quote is out of date keeps the channel they were about to open.
-        route = self._engine.route(presented, chat)
+        route = self._engine.route(chat, Caller(payer=presented.payload.channel_id, bound=presented.quoted))
         call.opened = opened = await self._rail.admit(presented)
-        run = await self._engine.start(presented, opened.account, chat, offer, route, request_id=call.request_id)
+        record = await self._claim(call, opened.account)
+        if isinstance(record, Kept):
+            return self._again(record, presented, opened.account)
+        purchase = self._rail.purchase(presented, opened.account, offer.unit.amount)
+        run = await self._engine.start(purchase, chat, route, request_id=call.request_id, record=record)
         if chat.stream:
             call.presented = call.opened = call.offer = None  # from here on no answer shows them
+            call.asked = b""
             return run
-        body, receipt = await run.complete()
-        headers = {**_paid_headers(receipt), **disclosure.of_answer(run), "Cache-Control": "private"}
-        return web.Response(body=body, content_type="application/json", headers=headers)
+        answered = disclosure.of_answer(run)
+        if record is not None:
+            record.type, record.headers = JSON, answered
+        body = await run.complete()
+        headers = {**_paid_headers(self._receipt(run, tokens=run.tokens)), **answered, "Cache-Control": "private"}
+        return web.Response(body=body, content_type=JSON, headers=headers)
+
+    async def _claim(self, call: _Call, account: Account) -> Kept | Record | None:
+        """The answer of an earlier request with this key, the right to make it, or None for a request without one."""
+        name = idempotency_key(call.request)
+        if name is None:
+            return None
+        return await self._idempotence.begin(f"channel:{account.id.hex()}", name, call.asked)
+
+    def _again(self, kept: Kept, presented: Presented, account: Account) -> web.Response:
+        """The kept answer, with the receipt of the channel as it is now: that only ever grows."""
+        receipt = self._rail.receipt(presented, account)
+        body = kept.body
+        if kept.type == EVENTS:
+            body = kept.body.removesuffix(sse.DONE) + sse.receipt_frame(receipt) + sse.DONE
+        return replayed(kept, body, _paid_headers(receipt))
+
+    def _receipt(self, run: PaidChat, *, tokens: int | None) -> SessionReceipt:
+        tab = run.tab
+        assert isinstance(tab, SessionTab)
+        return tab.receipt(self._clock.now_millis(), tokens=tokens)
 
     def _read(self, call: _Call) -> tuple[Presented, ChatRequest | None, Offer]:
         """The credential, what it is to buy (None to manage its channel), and at what price."""
@@ -129,22 +179,6 @@ class ChatSurface:
         self._engine.require_room()
         call.presented = presented = self._rail.read(envelope, offer, peer=call.peer)
         return presented, chat, offer
-
-    async def _stream(self, call: _Call, run: PaidChat) -> web.StreamResponse:
-        small_send_buffer(call.request.transport)
-        sink = EventStream(call.request, _paid_headers(run.receipt()) | disclosure.of_answer(run))
-        try:
-            response = await sink.open()
-        except BaseException:
-            await run.abandon()
-            raise
-        try:
-            await run.stream(sink)
-        except (ChannelFault, NodeFault):
-            # The status line has gone: an error answer now would be read as part of the stream. Break it off instead.
-            sink.abort()
-        await sink.close()
-        return response
 
     # ---------------------------------------------------------------------------------------------------- refusals
 
@@ -204,7 +238,7 @@ class ChatSurface:
 class _Call:
     """What is known of one request so far; refusals show as much of it as they may."""
 
-    __slots__ = ("body", "credentials", "offer", "opened", "peer", "presented", "request", "request_id")
+    __slots__ = ("asked", "body", "credentials", "offer", "opened", "peer", "presented", "request", "request_id")
 
     def __init__(self, request: web.Request, body: bytes) -> None:
         self.request = request
@@ -214,29 +248,10 @@ class _Call:
         self.credentials = headers.getall("Authorization", []) + headers.getall("Payment-Authorization", [])
         self.peer = request.remote or ""
         self.request_id = request[REQUEST_ID]
+        self.asked = b"" if not body else asked_of(request, body)
         self.offer: Offer | None = None
         self.presented: Presented | None = None
         self.opened: Opened | None = None
-
-
-def streams(request: web.Request) -> bool:
-    """Whether a caller who does not say gets a stream: everybody but one who accepts JSON and nothing else.
-
-    The OpenAI SDKs do that. Left out, ``stream`` means false to them, and they could not read what they got.
-    """
-    return request.headers.get("Accept", "").strip().lower() != "application/json"
-
-
-async def body_of(request: web.Request) -> bytes:
-    """The body, within its size (aiohttp's ``client_max_size``) and its time."""
-    if "Content-Encoding" in request.headers:
-        # A kilobyte can unpack to a gigabyte, and no OpenAI client compresses requests.
-        raise NodeFault(NodeReason.UNSUPPORTED_MEDIA_TYPE, field="Content-Encoding", detail="is not accepted")
-    try:
-        async with asyncio.timeout(_BODY_S):
-            return await request.read()
-    except TimeoutError:
-        raise NodeFault(NodeReason.INVALID_FIELD, field="body", detail="did not arrive in time") from None
 
 
 def _asks_management(envelope: Envelope) -> bool:

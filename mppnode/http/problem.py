@@ -65,8 +65,10 @@ STATUS: Final[Mapping[Reason | NodeReason, int]] = MappingProxyType(
         NodeReason.TOKEN_EXPIRED: 401,
         # an outage of whoever vouches for the caller is never told as an unknown caller
         NodeReason.IDENTITY_UNAVAILABLE: 503,
+        NodeReason.BILLING_UNAVAILABLE: 503,
         NodeReason.ACCOUNT_FORBIDDEN: 403,
         NodeReason.ACCOUNT_SUSPENDED: 403,
+        NodeReason.MODEL_FORBIDDEN: 403,
         NodeReason.LIMIT_REACHED: 429,
         # never 402, which asks for money: paying more does not raise a cap the customer has set
         NodeReason.CAP_REACHED: 403,
@@ -92,6 +94,7 @@ _RETRY_AFTER_S: Final[Mapping[Reason | NodeReason, int]] = MappingProxyType(
         Reason.STORE_UNAVAILABLE: 2,
         Reason.EXPOSURE_LIMIT: 10,
         NodeReason.IDENTITY_UNAVAILABLE: 5,
+        NodeReason.BILLING_UNAVAILABLE: 5,
     }
 )
 _TYPES: Final[Mapping[int, str]] = MappingProxyType(
@@ -105,9 +108,11 @@ def retry_headers(fault: ChannelFault | NodeFault) -> dict[str, str]:
     after = _RETRY_AFTER_S.get(fault.reason)
     if isinstance(fault, NodeFault) and fault.retry_after_s is not None:
         after = fault.retry_after_s
+    more = dict(fault.headers) if isinstance(fault, NodeFault) else {}
     if after is not None:
-        return {"Retry-After": str(after), "retry-after-ms": str(after * 1000)}
-    return {"x-should-retry": "false"} if STATUS[fault.reason] < _SERVER_ERROR or _refused_as_asked(fault) else {}
+        return {"Retry-After": str(after), "retry-after-ms": str(after * 1000), **more}
+    final = STATUS[fault.reason] < _SERVER_ERROR or _refused_as_asked(fault)
+    return {"x-should-retry": "false", **more} if final else more
 
 
 def _refused_as_asked(fault: ChannelFault | NodeFault) -> bool:
@@ -141,6 +146,11 @@ def openai_error(fault: ChannelFault | NodeFault) -> dict[str, object]:
 
 def error_body(fault: NodeFault) -> bytes:
     """The body of a refusal that is not about payment."""
+    return openai_error_body(fault)
+
+
+def openai_error_body(fault: ChannelFault | NodeFault) -> bytes:
+    """A refusal as OpenAI's SDKs read it, and nothing else: for callers who do not pay by challenge."""
     return orjson.dumps({"error": openai_error(fault)})
 
 

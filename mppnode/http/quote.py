@@ -9,10 +9,12 @@ import orjson
 from aiohttp import web
 
 from channels.units import PICO_PER_UNIT, format_decimal, units_ceil
+from mppnode.accounts.directory import Directory
 from mppnode.engine.chat import ChatEngine
-from mppnode.engine.market import Quote
+from mppnode.engine.market import STRANGER, Quote
+from mppnode.http.answers import body_of, streams
 from mppnode.http.disclosure import cents
-from mppnode.http.openai import body_of, streams
+from mppnode.http.keyed import TRUST, bearer_of, caller_of
 from mppnode.kernel.listing import Listing
 from mppnode.kernel.rates import Rates
 from mppnode.kernel.requests import ChatLimits, parse_chat
@@ -23,8 +25,9 @@ PATH: Final = "/v1/quote"
 class QuoteSurface:
     """Quotes for chat requests: the same body as ``/v1/chat/completions``, judged by the same rules."""
 
-    def __init__(self, *, engine: ChatEngine, limits: ChatLimits, **_: object) -> None:
+    def __init__(self, *, engine: ChatEngine, directory: Directory, limits: ChatLimits, **_: object) -> None:
         self._engine = engine
+        self._directory = directory
         self._limits = limits
 
     def routes(self) -> Sequence[web.RouteDef]:
@@ -32,9 +35,12 @@ class QuoteSurface:
         return [web.post(PATH, self.post)]
 
     async def post(self, request: web.Request) -> web.Response:
-        """Quote one request. Refusals are those the request itself would meet."""
+        """Quote one request, for a bearer by the rules of its key. Refusals are those the request itself would meet."""
+        caller, bearer = STRANGER, bearer_of(request.headers.getall("Authorization", []))
+        if bearer is not None:
+            caller = caller_of(await self._directory.admit(bearer, request.headers.getall(TRUST, [])))
         chat = parse_chat(await body_of(request), limits=self._limits, stream=streams(request))
-        quote = self._engine.quote(chat)
+        quote = self._engine.quote(chat, caller)
         return web.Response(
             body=orjson.dumps(quote_json(quote)),
             content_type="application/json",

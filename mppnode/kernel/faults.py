@@ -27,8 +27,10 @@ class NodeReason(StrEnum):
     INVALID_TOKEN = "invalid_token"  # noqa: S105 - a reason
     TOKEN_EXPIRED = "token_expired"  # noqa: S105 - a reason
     IDENTITY_UNAVAILABLE = "identity_unavailable"
+    BILLING_UNAVAILABLE = "billing_unavailable"
     ACCOUNT_FORBIDDEN = "account_forbidden"
     ACCOUNT_SUSPENDED = "account_suspended"
+    MODEL_FORBIDDEN = "model_forbidden"
     LIMIT_REACHED = "limit_reached"
     CAP_REACHED = "cap_reached"
     CREDIT_TOO_LOW = "insufficient_credit"
@@ -83,6 +85,8 @@ class NodeFault(Exception):
         self.excluded = excluded
         self.lowest = lowest
         self.more = more
+        self.headers: Mapping[str, str] = {}
+        """Headers the answer carries beside those every refusal has."""
         super().__init__(self.message)
 
     @property

@@ -40,11 +40,12 @@ from channels.wire.receipt import SessionReceipt
 from channels.wire.request import SessionRequest
 from channels.wire.snapshot import SessionSnapshot, SignedAmount
 from mppnode.kernel.clock import Clock
+from mppnode.kernel.requests import ChatRequest
 from mppnode.kernel.tasks import TaskOwner
 from mppnode.ledger.books import Books
 from mppnode.ledger.ending import Ending
 from mppnode.pricing.book import describe
-from mppnode.rails.base import ChainIntents, Closes, Offer
+from mppnode.rails.base import ChainIntents, Closes, Need, Offer, Tab
 from mppnode.rails.live import LiveChannels, VoucherRate
 from mppnode.rails.presented import Presented, Seller, read_presented
 from mppnode.rails.tab import SessionTab, TabPolicy
@@ -64,20 +65,6 @@ class SessionTerms:
     min_voucher_delta: Units
     challenge_ttl_s: int = 300
     chain_ttl_s: int = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Need:
-    """What a request needs reserved before its provider is called, in pico: at least ``floor``, ideally ``want``."""
-
-    floor: Pico
-    want: Pico
-    reserve_pico: int
-    token_pico: int
-    cap_pico: int
-    """The most the request can cost."""
-    stream: bool
-    """Whether the answer is a stream: a channel has one of those at a time."""
 
 
 class SessionRail:
@@ -261,9 +248,9 @@ class SessionRail:
         await self._ending.streams(channel)
         return await self._books.apply(channel, replace(command, preempt=True))
 
-    def done(self, tab: SessionTab) -> None:
-        """Forget a finished tab."""
-        self._live.remove(tab)
+    def purchase(self, presented: Presented, account: Account, unit: Units) -> SessionPurchase:
+        """What ``presented`` buys, ``unit`` by unit as it was quoted."""
+        return SessionPurchase(self, self._live, presented, account, unit)
 
     # ----------------------------------------------------------------------------------------------------- actions
 
@@ -438,6 +425,40 @@ class SessionRail:
             spent=account.spent,
             tx_hash=tx_hash,
         )
+
+
+class SessionPurchase:
+    """One content credential and its channel; implements :class:`mppnode.rails.base.Purchase`."""
+
+    __slots__ = ("_account", "_live", "_presented", "_rail", "_unit")
+
+    def __init__(
+        self, rail: SessionRail, live: LiveChannels, presented: Presented, account: Account, unit: Units
+    ) -> None:
+        self._rail = rail
+        self._live = live
+        self._presented: Presented | None = presented
+        self._account: Account | None = account
+        self._unit = unit
+
+    async def open(self, need: Need, chat: ChatRequest, request: str) -> SessionTab:  # noqa: ARG002 - not recorded
+        """See :meth:`SessionRail.open_tab`."""
+        presented, account = self._presented, self._account
+        assert presented is not None
+        assert account is not None
+        # A stream may wait for money for long, and these are kilobytes it needs no more.
+        self._presented = self._account = None
+        return await self._rail.open_tab(presented, account, need, self._unit)
+
+    def on_supersede(self, tab: Tab, end: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """A newer request of the channel, or its close, ends this one."""
+        assert isinstance(tab, SessionTab)
+        self._live.on_supersede(tab, end)
+
+    def done(self, tab: Tab) -> None:
+        """Forget a finished tab."""
+        assert isinstance(tab, SessionTab)
+        self._live.remove(tab)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,10 +17,12 @@ from channels.faults import ChannelFault, Reason
 from channels.instants import UnixMillis
 from channels.model import Account, Finish, HoldId, Outcome, Phase, Plan, Renew
 from channels.units import MAX_UINT96, PICO_PER_UNIT, Pico, Units, units_ceil
+from channels.wire import sse
 from channels.wire.receipt import SessionReceipt
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.tasks import TaskOwner
 from mppnode.ledger.books import Books
+from mppnode.rails.base import Facts, NeedVoucher
 
 _WINDOW_S: Final = 0.75  # consumption one hold covers; what the node can lose in a crash (reliability: section 4.3)
 _ASK_S: Final = 1.0  # a payer's round trip until one has been measured
@@ -38,15 +40,6 @@ class TabPolicy:
     """Most one hold may cover beyond what was delivered: 0.002 USD, the node's loss per stream in a crash."""
     preauthorise_units_max: int = 50_000
     """Most a payer is asked to sign beyond what was consumed: 0.05 USD, the payer's exposure to a broken node."""
-
-
-@dataclass(frozen=True, slots=True)
-class NeedVoucher:
-    """A request for the payer's next voucher. Cumulative base units, all from committed state."""
-
-    required: Units
-    accepted: Units
-    deposit: Units
 
 
 class SessionTab:
@@ -94,6 +87,11 @@ class SessionTab:
         self._mark = (clock.monotonic(), 0)
         self.on_change: Callable[[], None] = _nothing
         self.delivered: Callable[[], int] = lambda: self._consumed
+
+    @property
+    def windowed(self) -> bool:
+        """See :meth:`Tab.windowed`: a channel's stream goes on as long as its payer signs."""
+        return True
 
     @property
     def window_pico_max(self) -> int:
@@ -168,7 +166,7 @@ class SessionTab:
         if required <= account.accepted or (required > deposit and account.escrow.protocol is SessionProtocol.V1):
             return None  # v1 payers cannot top up mid-stream: the stream ends with its deposit
         self._asked_at = account.accepted
-        return NeedVoucher(required, account.accepted, deposit)
+        return NeedVoucher(account.id, required, account.accepted, deposit)
 
     def _ahead(self, rate: float) -> int:
         """Pico one voucher should bring: some seconds of consumption, at least a quoted unit, within the policy.
@@ -280,6 +278,24 @@ class SessionTab:
                 raise
         else:
             self._adopt(plan.account)
+
+    async def settle(self, total: Pico, facts: Facts) -> None:  # noqa: ARG002 - a channel keeps receipts, not requests
+        """See :meth:`Tab.settle`."""
+        await self.finish(total)
+
+    def receipt_frame(self, now: UnixMillis, tokens: int) -> bytes:
+        """See :meth:`Tab.receipt_frame`."""
+        return sse.receipt_frame(self.receipt(now, tokens=tokens))
+
+    def logged(self) -> dict[str, int | str]:
+        """See :meth:`Tab.logged`."""
+        account = self.account
+        return {
+            "channel": "0x" + account.id.hex(),
+            "spent": account.spent,
+            "accepted": account.accepted,
+            "version": account.version,
+        }
 
     def receipt(self, now: UnixMillis, *, tokens: int | None = None) -> SessionReceipt:
         """The receipt as of the last committed state; ``tokens`` is this request's count."""

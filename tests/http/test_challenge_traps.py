@@ -200,11 +200,19 @@ async def test_t06_times_with_an_offset_are_times(world: World, text: str) -> No
 
 @pytest.mark.parametrize(
     "value",
-    ['Bearer "x, Payment abc"', "Bearer sk-test", "Bearer Payment", 'Digest a="Payment x", b="y"', "Paymentx abc", "Basic Payment=", ""],
+    ['Digest a="Payment x", b="y"', "Paymentx abc", "Basic Payment=", ""],
 )
 async def test_t07_another_scheme_is_no_credential(world: World, value: str) -> None:
     """T-07, P18: the word inside another scheme's value is not a credential."""
     assert await refused(world, value, chat()) == "payment_required"
+
+
+@pytest.mark.parametrize("value", ['Bearer "x, Payment abc"', "Bearer sk-test", "Bearer Payment", "bearer ", "Bearer"])
+async def test_t07_a_bearer_pays_by_another_rail(world: World, value: str) -> None:
+    """T-07: the scheme decides: a bearer is an API key, whatever words it holds, and is refused as one."""
+    reply = await world.send(chat(), value)
+    assert (reply.status, reply.code) == (401, "invalid_api_key")
+    assert reply.headers["WWW-Authenticate"] == "Bearer"
 
 
 @pytest.mark.parametrize("prefix", ["payment ", "PAYMENT ", "Payment\t", "Payment    ", "Bearer x, Payment ", 'Digest a="b, c", payment '])

@@ -50,7 +50,9 @@ async def hang_up(world: World, channel: Channel, body: dict[str, Any], *, after
     if after == 0:
         world.gate(lent=0)
         asking = asyncio.ensure_future(world.send(body, credential))
-        enders = world.net.node._engine._live._enders
+        rail = world.net.node.rail
+        assert rail is not None
+        enders = rail._live._enders
         await world.eventually(lambda: any(end.__self__.upstream is not None for end in enders.values()))
         asking.cancel()
         await asyncio.wait({asking})
@@ -130,7 +132,7 @@ async def test_p26_a_request_superseded_in_the_moment_of_acceptance_costs_nothin
 
     async def connected(*args: Any) -> Any:
         response = await connect(*args)
-        (ender,) = engine._live._enders.values()
+        (ender,) = world.net.node.rail._live._enders.values()  # type: ignore[union-attr]
         ending = ender()
         with contextlib.suppress(StopIteration):
             ending.send(None)  # up to where it waits for the bill: what a close or a newer stream does to this request

@@ -69,7 +69,7 @@ async def test_p54_the_sdk_gets_what_it_can_read_without_saying_stream(world: Wo
 
 async def test_p01_refusals_are_the_sdks_own_errors(world: World) -> None:
     """P-01: a 402, a 400 and a 404 are raised with our message and code, and are not retried."""
-    async with client(world, "Bearer x") as sdk:
+    async with client(world, "Unpaid x") as sdk:
         for change, status, code in (
             ({}, 402, "payment_required"),
             ({"temperature": 9}, 400, "invalid_field"),
