@@ -181,7 +181,7 @@ def _add_keys(
     revoke.add_argument("key", metavar="KEY", help="its id")
     rotate = actions.add_parser("rotate", parents=[common, one], help="put a new key in a key's place")
     rotate.add_argument("key", metavar="KEY", help="its id")
-    rotate.add_argument("--overlap", type=int, default=86_400, metavar="SECONDS", help="both work in it (default a day)")
+    rotate.add_argument("--overlap", type=int, default=86_400, metavar="SECONDS", help="both work (default a day)")
     keys.set_defaults(run=_accounts("keys"))
 
 
