@@ -19,9 +19,11 @@ from channels.model import AcceptVoucher, Voucher
 from channels.signature import address_of
 from channels.wire.challenge import ChallengeMac
 from mppnode.config.schema import Config
+from mppnode.customers import Customers, build_customers, customer_routes, operator_app
 from mppnode.engine.chat import ChatEngine
 from mppnode.engine.prober import Prober
 from mppnode.engine.stream import StreamLimits
+from mppnode.http.keyed import KeyedChat
 from mppnode.http.middleware import fault_boundary, stamp
 from mppnode.kernel.requests import ChatLimits
 from mppnode.kernel.tasks import TaskOwner
@@ -60,8 +62,10 @@ class Node:
         self.books: Books | None = None
         self.treasury: Treasury | None = None
         self.rail: SessionRail | None = None
+        self.customers: Customers | None = None
         self.sales: Sales | None = None
         self.url = ""
+        self.admin_url = ""
 
     async def start(self) -> None:
         """Open the ledger, recover it, check the chain, then listen.
@@ -110,15 +114,22 @@ class Node:
         self.treasury = money
         rail = self._rail(books, money, live, life)
         self.rail = rail
-        engine = self._build_engine(rail, live)
+        customers = await build_customers(
+            config, world, ledger=ledger, life=life, owner=self._owner, exits=self._exit
+        )
+        self.customers = customers
+        recovered += await customers.sweeper.sweep()
+        engine = self._build_engine()
         self._engine = engine
         await money.closer.resume()
         self._daemon(life.keep(), "beat")
         self._daemon(sweeper.keep(asyncio.sleep, self._late), "sweep")
+        self._daemon(customers.sweeper.keep(asyncio.sleep, self._late), "sweep credit")
+        self._daemon(customers.idempotence.keep(asyncio.sleep, self._late), "purge answers")
         self._daemon(money.treasurer.keep(), "treasury")
         self._daemon(money.daily.keep(asyncio.sleep), "reconcile")
         world.probe("listen.before")
-        await self._listen(engine, rail, books)
+        await self._listen(engine, rail, books, customers)
         self._log("node.started", url=self.url, chain=config.chain.chain_id, recovered=recovered)
         world.probe("listen.after")
 
@@ -143,6 +154,8 @@ class Node:
         # Nothing may be delivered any more: the holds of these requests are others' to release, or already gone.
         self._log("node.lost", level=Level.ERROR, fenced=lost.fenced)
         live.end_everything()
+        if self.customers is not None:
+            self.customers.rail.end_everything()
 
     def _late(self, fault: ChannelFault) -> None:
         self._log("sweep.late", level=Level.WARNING, reason=fault.reason.value)
@@ -171,7 +184,7 @@ class Node:
             tab_policy=TabPolicy(session.window_units_max, session.preauthorise_max),
         )
 
-    def _build_engine(self, rail: SessionRail, live: LiveChannels) -> ChatEngine:
+    def _build_engine(self) -> ChatEngine:
         config, limits = self._config, self._config.limits
         transport = Transport(
             TransportLimits(first_byte_s=limits.first_token_s, idle_s=limits.idle_s), public=public_hosts(config)
@@ -186,8 +199,6 @@ class Node:
             market=sales.market,
             counters=sales.counters,
             transport=transport,
-            rail=rail,
-            live=live,
             owner=self._owner,
             clock=self._world.clock,
             limits=StreamLimits(
@@ -199,14 +210,40 @@ class Node:
             probe=self._world.probe,
         )
 
-    async def _listen(self, engine: ChatEngine, rail: SessionRail, books: Books) -> None:
+    async def _listen(self, engine: ChatEngine, rail: SessionRail, books: Books, customers: Customers) -> None:
         config = self._config
         boundary = fault_boundary(self._log, self._world.entropy)
         app = web.Application(middlewares=[boundary], client_max_size=config.limits.body_bytes_max)
         app.on_response_prepare.append(stamp)
         chat_limits = ChatLimits(body_bytes=config.limits.body_bytes_max)
+        keyed = KeyedChat(
+            engine=engine,
+            rail=customers.rail,
+            directory=customers.directory,
+            idempotence=customers.idempotence,
+            limits=chat_limits,
+        )
         for surface in SURFACES:
-            app.add_routes(surface(engine=engine, rail=rail, books=books, limits=chat_limits).routes())
+            made = surface(
+                engine=engine,
+                rail=rail,
+                books=books,
+                keyed=keyed,
+                directory=customers.directory,
+                idempotence=customers.idempotence,
+                clock=self._world.clock,
+                limits=chat_limits,
+            )
+            app.add_routes(made.routes())
+        app.add_routes(customer_routes(config, self._world, customers, None))
+        if config.admin is not None:
+            operator = operator_app(config, config.admin, self._world, customers, None)
+            _, self.admin_url = await self._serve(operator, config.admin.host, config.admin.port)
+        self._runner, self.url = await self._serve(app, config.node.host, config.node.port)
+
+    async def _serve(self, app: web.Application, host: str, port: int) -> tuple[web.AppRunner, str]:
+        """Listen; returns also the URL, whose port the kernel may have chosen."""
+        config = self._config
         runner = web.AppRunner(
             app,
             access_log=None,
@@ -218,12 +255,11 @@ class Node:
         )
         await runner.setup()
         self._exit.push_async_callback(runner.cleanup)
-        self._runner = runner
         # Workers of one machine share the port; the kernel spreads the connections over them.
         shared = config.node.workers > 1
-        site = web.TCPSite(runner, config.node.host, config.node.port, reuse_port=shared or None)
+        site = web.TCPSite(runner, host, port, reuse_port=shared or None)
         await site.start()
-        self.url = f"http://{config.node.host}:{runner.addresses[0][1]}"
+        return runner, f"http://{host}:{runner.addresses[0][1]}"
 
     async def stop(self) -> None:
         """Take no more requests, let running streams end, settle their bills, then close everything."""

@@ -23,6 +23,8 @@ from mppnode.app import Node
 from mppnode.chain.devchain import DevChain
 from mppnode.cli.devchain_server import start_devchain
 from mppnode.cli.devprovider_server import DevProviderServer, start_devprovider
+from mppnode.config.accounts import NO_ACCOUNTS_SECTION, AccountsConfig, AdminConfig
+from mppnode.config.billing import BillingConfig
 from mppnode.config.schema import (
     ChainConfig,
     Config,
@@ -93,6 +95,9 @@ class DevnetOptions:
     )
     limits: LimitsConfig = field(default_factory=lambda: LimitsConfig(drain_s=2))
     treasury: TreasuryConfig = field(default_factory=TreasuryConfig)
+    accounts: AccountsConfig = NO_ACCOUNTS_SECTION
+    billing: BillingConfig | None = None
+    admin: AdminConfig | None = None
     directory: Path | None = None
     payee_key: bytes | None = None
 
@@ -183,6 +188,9 @@ class Devnet:
             models=models,
             log=LogConfig(),
             treasury=options.treasury,
+            accounts=options.accounts,
+            billing=options.billing,
+            admin=options.admin,
         )
 
     def _on_fatal(self, error: BaseException) -> None:

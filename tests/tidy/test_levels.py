@@ -31,6 +31,7 @@ LEVELS = {
     "mppnode.watchtower": 8,
     "mppnode.registry": 8,
     "mppnode.selling": 8,
+    "mppnode.customers": 8,
     "mppnode.cli": 8,
     "mppnode.payer": 1,
 }
