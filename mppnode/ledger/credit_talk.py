@@ -10,6 +10,7 @@ from typing import Any, Final
 from channels.credit import (
     AccountId,
     ChangeAccess,
+    Charged,
     CreditAccount,
     CreditEvent,
     CreditFault,
@@ -22,7 +23,6 @@ from channels.credit import (
     OpenAccount,
     Released,
     SetOverdraft,
-    fold,
     plan,
 )
 from channels.instants import UnixMillis, UnixSeconds
@@ -143,19 +143,23 @@ def _lines(before: CreditAccount | None, numbered: Sequence[tuple[int, CreditEve
 
     A request is on it once, when its hold is released, however often it was folded.
     """
-    lines = []
-    state = before
+    if before is None:
+        return []
+    lines, balance = list[Entry](), before.funds - before.final
+    consumed = {event.hold: event.consumed for _, event in numbered if isinstance(event, Charged)}
     for seq, event in numbered:
-        charged = 0
-        if isinstance(event, Released):
-            assert state is not None
-            charged = state.holds[event.hold].consumed
-        state = fold(state, event)
         if isinstance(event, FundsMoved):
             kind = event.kind.value if event.amount > 0 else f"{event.kind.value}_reversed"
-            lines.append(Entry(state.id, seq, at, kind, event.amount, event.reference, state.funds - state.final))
-        elif isinstance(event, Released) and charged:
-            lines.append(Entry(state.id, seq, at, "usage", -charged, event.hold, state.funds - state.final))
+            amount, reference = event.amount, event.reference
+        elif isinstance(event, Released):
+            held = before.holds.get(event.hold)
+            kind, reference = "usage", str(event.hold)
+            amount = -consumed.get(event.hold, 0 if held is None else held.consumed)
+        else:
+            continue
+        if amount:
+            balance += amount
+            lines.append(Entry(before.id, seq, at, kind, amount, reference, balance))
     return lines
 
 
