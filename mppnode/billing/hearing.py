@@ -1,0 +1,304 @@
+"""What becomes of each of Stripe's events: whose it is, what it says of a payment, and what is booked.
+
+Nothing is booked on the word of an event alone where the order of events could matter: refunds are read from Stripe as
+they are now, and so is whether what failed has been paid since. The rest is joined (``channels/payment.py``). One event
+is one transaction; when a question to Stripe or the ledger fails, nothing has happened, and Stripe sends it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+import orjson
+
+from channels.credit import AccountId, CreditFault, FundsKind
+from channels.instants import UnixMillis
+from channels.payment import DisputeState, PaymentRecord, RefundState
+from mppnode.accounts.documents import read_account
+from mppnode.accounts.model import Account, Postpaid
+from mppnode.billing.booking import Bookkeeper, Failed, Paid, changed
+from mppnode.gateways.stripe_events import (
+    CardSaved,
+    CustomerDeleted,
+    DisputeLost,
+    DisputeOpened,
+    DisputeWon,
+    Ignored,
+    InvoiceFailed,
+    InvoicePaid,
+    MeterErrors,
+    PaymentFailed,
+    PaymentSucceeded,
+    Refunded,
+    RefundFailed,
+    StripeEvent,
+)
+from mppnode.ledger import credit_lists, credit_talk
+from mppnode.ledger.credit_lists import By
+from mppnode.ledger.credit_rows import Task, TaskState
+from mppnode.ledger.credit_talk import OtherAccounts
+from mppnode.ledger.talk import Talk
+from mppnode.observe.logs import Level, Log
+
+if TYPE_CHECKING:
+    from mppnode.gateways.stripe_api import StripeGateway
+    from mppnode.gateways.stripe_objects import Invoice, Refund, Tags
+
+USD: Final = "usd"
+"""The only currency anything is sold in; another one is not ours to convert."""
+FORGOTTEN: Final = "customer"
+"""A task of this kind is kept for each customer that was deleted at Stripe."""
+SAVED: Final = "card"
+"""A task of this kind is kept for the newest card of an account: when Stripe says it was saved."""
+_REFUNDS: Final[Mapping[str | None, RefundState]] = MappingProxyType(
+    {"succeeded": RefundState.SUCCEEDED, "failed": RefundState.FAILED, "canceled": RefundState.FAILED}
+)
+"""Others are on their way: docs.stripe.com/api/refunds/object, ``status``."""
+_UNKNOWN: Final = "of no account of ours"
+
+
+class Hearer:
+    """Takes events in. Raises ``StripeFault``, and ``ChannelFault`` with ``STORE_UNAVAILABLE``."""
+
+    def __init__(self, gateway: StripeGateway, keeper: Bookkeeper, *, log: Log) -> None:
+        self._stripe = gateway
+        self._keeper = keeper
+        self._books = keeper.books
+        self._log = log
+
+    async def hear(self, event: StripeEvent) -> None:
+        """Take one event in; a copy of one that was changes nothing.
+
+        Raises:
+            CreditFault: the amount fits no account: nothing was booked, and an operator must look.
+        """
+        if await self._keeper.is_known(event.id):
+            return
+        try:
+            await self._take_in(event)
+        except OtherAccounts:
+            await self._pass(event, "the payment is another account's", level=Level.ERROR)
+        except CreditFault as fault:
+            self._log("billing.unbooked", level=Level.ERROR, event_id=event.id, reason=fault.reason.value)
+            raise
+
+    async def _take_in(self, event: StripeEvent) -> None:
+        match event.what:
+            case PaymentSucceeded():
+                await self._paid(event, event.what)
+            case PaymentFailed():
+                await self._payment_failed(event, event.what)
+            case CardSaved():
+                await self._card(event, event.what.customer, event.what.tags, event.what.payment_method)
+            case Refunded():
+                what = event.what
+                await self._refunds(event, what.payment, what.tags.account, what.customer)
+            case RefundFailed():
+                await self._refunds(event, event.what.payment, None, None)
+            case DisputeOpened() | DisputeWon() | DisputeLost():
+                await self._dispute(event, event.what)
+            case InvoicePaid():
+                await self._invoice_paid(event, event.what)
+            case InvoiceFailed():
+                await self._invoice_failed(event, event.what)
+            case CustomerDeleted():
+                await self._customer_deleted(event, event.what.customer)
+            case MeterErrors():
+                for error in await self._stripe.meter_errors(event.id):
+                    self._log("billing.meter", level=Level.ERROR, code=error.code, count=error.count)
+                await self._books.note_event(event.id)
+            case Ignored():
+                pass  # not noted either: nothing would be changed by a copy
+
+    # -------------------------------------------------------------------------------------------------------- payments
+
+    async def _paid(self, event: StripeEvent, what: PaymentSucceeded) -> None:
+        account = await self.account_of(what.payment, what.tags.account, what.customer)
+        if account is None:
+            await self._pass(event, _UNKNOWN)
+        elif what.currency != USD:
+            await self._pass(event, "not in dollars", level=Level.ERROR, payment=what.payment)
+        elif what.tags.account is None:
+            # The payment of an invoice, or something an operator sold by hand: invoice.paid tells of the first.
+            await self._pass(event, "not sold by a node", level=Level.INFO, payment=what.payment)
+        else:
+            if what.saved_card is not None:
+                await self._save(event, account, what.saved_card, mark=False)
+            record = PaymentRecord(what.payment, paid=what.amount)
+            await self._keeper.take_in(account.id, [record], event=event.id, news=Paid())
+
+    async def _payment_failed(self, event: StripeEvent, what: PaymentFailed) -> None:
+        account = await self.account_of(what.payment, what.tags.account, what.customer)
+        if account is None:
+            await self._pass(event, _UNKNOWN)
+            return
+        # A page of Checkout on which a card was mistyped is no debt; what has no tags was to pay an invoice.
+        owed = what.tags.account is None and isinstance(account.terms, Postpaid)
+        if owed and (await self._stripe.payment(what.payment)).status != "succeeded":
+            await self._keeper.take_in(account.id, event=event.id, news=Failed(what.payment))
+        else:
+            await self._books.note_event(event.id)
+
+    async def _refunds(self, event: StripeEvent, payment: str | None, tagged: str | None, customer: str | None) -> None:
+        account = None if payment is None else await self.account_of(payment, tagged, customer)
+        if account is None or payment is None:
+            await self._pass(event, _UNKNOWN)
+            return
+        record = refunded(payment, await self._stripe.refunds_of(payment))
+        await self._keeper.take_in(account.id, [record], event=event.id)
+
+    async def _dispute(self, event: StripeEvent, what: DisputeOpened | DisputeWon | DisputeLost) -> None:
+        state = _state(what)
+        account = None if what.payment is None else await self.account_of(what.payment, None, None)
+        if account is None or what.payment is None:
+            await self._pass(event, _UNKNOWN)
+            return
+        self._log("billing.dispute", level=Level.WARNING, account=account.id, dispute=what.dispute, state=state.name)
+        disputes = MappingProxyType({what.dispute: (what.amount, state)})
+        await self._keeper.take_in(account.id, [PaymentRecord(what.payment, disputes=disputes)], event=event.id)
+
+    # -------------------------------------------------------------------------------------------------------- invoices
+
+    async def _invoice_paid(self, event: StripeEvent, what: InvoicePaid) -> None:
+        account = await self._by_customer(what.customer)
+        if account is None:
+            await self._pass(event, _UNKNOWN)
+            return
+        records = await self.payments_of(what.invoice)
+        # An invoice of nothing is paid too, and says nothing about what is owed on another one.
+        news = Paid() if any(record.paid for record in records) else Paid(what.invoice)
+        await self._keeper.take_in(account.id, records, event=event.id, news=news)
+
+    async def _invoice_failed(self, event: StripeEvent, what: InvoiceFailed) -> None:
+        account = await self._by_customer(what.customer)
+        if account is None:
+            await self._pass(event, _UNKNOWN)
+        elif await self._stripe.payments_of(what.invoice):
+            await self._books.note_event(event.id)  # paid since: events come in any order
+        else:
+            owed = {"account": account.id, "invoice": what.invoice, "cents": what.amount}
+            self._log("billing.unpaid", level=Level.WARNING, **owed)
+            await self._keeper.take_in(account.id, event=event.id, news=Failed(what.invoice))
+
+    async def payments_of(self, invoice: str) -> list[PaymentRecord]:
+        """What an invoice was paid with. Money that came another way counts under its own name. Raises StripeFault."""
+        return [
+            PaymentRecord(paid.payment or paid.id, FundsKind.INVOICE, paid.amount)
+            for paid in await self._stripe.payments_of(invoice)
+            if paid.currency == USD
+        ]
+
+    # ------------------------------------------------------------------------------------------------ cards, customers
+
+    async def _card(self, event: StripeEvent, customer: str, tags: Tags, card: str) -> None:
+        account = await self._named(tags.account) or await self._by_customer(customer)
+        if account is None or account.billing.customer not in (None, customer):
+            await self._pass(event, _UNKNOWN)
+            return
+        await self._save(event, account, card, mark=True)
+
+    async def _save(self, event: StripeEvent, account: Account, card: str, *, mark: bool) -> None:
+        """Keep a card, unless a newer one is kept. ``mark`` notes the event with it."""
+        if account.billing.subscription is not None and account.billing.customer is not None:
+            # Before it is kept: a copy of this event does it again when we die in between.
+            await self._stripe.set_default_card(
+                customer=account.billing.customer, payment_method=card, key=f"{event.id}-{card}"
+            )
+        at = self._books.clock.now_millis()
+        await self._books.write(
+            lambda: _saved(account.id, card, event.created, event.id if mark else None, at), of=account.id
+        )
+
+    async def _customer_deleted(self, event: StripeEvent, customer: str) -> None:
+        account = await self._by_customer(customer)
+        if account is None:
+            await self._pass(event, _UNKNOWN)
+            return
+        self._log("billing.customer_deleted", level=Level.WARNING, account=account.id)
+        at = self._books.clock.now_millis()
+        # Its name is part of the next one's idempotency key: Stripe would answer the old key with the deleted one.
+        task = Task(f"{FORGOTTEN}-{customer}", FORGOTTEN, account.id, at, "{}", TaskState.DONE, created_ms=at)
+        await self._books.add_task(task)
+        await self._keeper.change(account.id, event.id, partial(_without, customer))
+
+    # ----------------------------------------------------------------------------------------------------------- whose
+
+    async def account_of(self, payment: str, tagged: str | None, customer: str | None) -> Account | None:
+        """Whose payment it is: as it is tagged, as we know it, as its customer, or as Stripe says when asked."""
+        account = await self._named(tagged)
+        if account is None and (known := await self._books.read(partial(credit_lists.payment_of, payment))):
+            account = await self._named(known[0])
+        if account is None and customer is not None:
+            account = await self._by_customer(customer)
+        if account is None and tagged is None and customer is None:
+            asked = await self._stripe.payment(payment)
+            if asked.tags.account is not None or asked.customer is not None:
+                return await self.account_of(payment, asked.tags.account or "", asked.customer)
+        return account
+
+    async def invoice_account(self, invoice: Invoice) -> Account | None:
+        """Whose invoice it is."""
+        return None if invoice.customer is None else await self._by_customer(invoice.customer)
+
+    async def _named(self, account: str | None) -> Account | None:
+        return await self._found(By.ID, account) if account else None
+
+    async def _by_customer(self, customer: str) -> Account | None:
+        return await self._found(By.CUSTOMER, customer)
+
+    async def _found(self, by: By, value: str) -> Account | None:
+        row = await self._books.read(partial(credit_lists.find_account, by, value))
+        return None if row is None else read_account(row)
+
+    async def _pass(
+        self, event: StripeEvent, why: str, *, level: Level = Level.WARNING, payment: str | None = None
+    ) -> None:
+        """Note an event that books nothing, and say so."""
+        if await self._books.note_event(event.id):
+            self._log("billing.passed", level=level, event_id=event.id, type=event.type, why=why, payment=payment)
+
+
+def refunded(payment: str, refunds: Iterable[Refund]) -> PaymentRecord:
+    """What the refunds of a payment say of it."""
+    states = {one.id: (one.amount, _REFUNDS.get(one.status, RefundState.PENDING)) for one in refunds}
+    return PaymentRecord(payment, refunds=MappingProxyType(states))
+
+
+def _state(what: DisputeOpened | DisputeWon | DisputeLost) -> DisputeState:
+    if isinstance(what, DisputeOpened):
+        return DisputeState.INQUIRY if what.inquiry else DisputeState.OPEN
+    return DisputeState.WON if isinstance(what, DisputeWon) else DisputeState.LOST
+
+
+def _saved(account: AccountId, card: str, created: int, event: str | None, at: UnixMillis) -> Talk[None]:
+    """Keep a card with the time Stripe saved it; an older one that is heard of late changes nothing."""
+    yield from credit_talk.load_credit(account, lock=True)
+    if event is not None and not (yield from credit_talk.note_event(event, at)):
+        return
+    kept = yield from credit_lists.tasks(account, SAVED, None, 1)
+    document = orjson.dumps({"created": created}).decode()
+    if kept and orjson.loads(kept[0].document)["created"] > created:
+        return
+    if kept:
+        yield from credit_lists.move_task(kept[0], replace(kept[0], document=document))
+    else:
+        task = Task(f"{SAVED}-{account}", SAVED, account, at, document, TaskState.DONE, created_ms=at)
+        yield from credit_talk.add_task(task)
+    row = yield from credit_lists.find_account(By.ID, account)
+    if row is not None and read_account(row).billing.card != card:
+        yield from credit_talk.change_account(account, partial(changed, partial(_with_card, card)), at)
+
+
+def _with_card(card: str, account: Account) -> Account:
+    return replace(account, billing=replace(account.billing, card=card))
+
+
+def _without(customer: str, account: Account) -> Account:
+    """The account without what was deleted, unless it has another customer by now."""
+    if account.billing.customer != customer:
+        return account
+    return replace(account, billing=replace(account.billing, customer=None, card=None, subscription=None))
