@@ -351,9 +351,7 @@ class UsageReported:
     total_micro: int
 
 
-CreditEvent = (
-    AccountOpened | FundsMoved | OverdraftSet | AccessChanged | Held | Charged | Released | UsageReported
-)
+CreditEvent = AccountOpened | FundsMoved | OverdraftSet | AccessChanged | Held | Charged | Released | UsageReported
 
 
 @dataclass(frozen=True, slots=True)
@@ -391,8 +389,8 @@ def plan(account: CreditAccount | None, command: CreditCommand, *, now: UnixSeco
         if account is not None:
             return _planned(account)
         _check_overdraft(command.overdraft)
-        opened = fold(None, AccountOpened(command.id, command.overdraft))
-        return CreditPlan(opened, (AccountOpened(command.id, command.overdraft),), CreditOutcome())
+        opened = AccountOpened(command.id, command.overdraft)
+        return CreditPlan(fold(None, opened), (opened,), CreditOutcome())
     if account is None:
         raise CreditFault(CreditReason.NOT_FOUND)
     match command:
@@ -581,13 +579,9 @@ def _charged(account: CreditAccount, event: Charged) -> CreditAccount:
     spending = account.spending
     if before.key in spending:  # otherwise it was forgotten: dead keys must not fill the row again
         spending = MappingProxyType({**spending, before.key: spending[before.key].plus(added, event.at)})
-    return replace(
-        account,
-        owed=account.owed + added,
-        charged_at=max(account.charged_at, event.at),
-        holds=MappingProxyType({**account.holds, event.hold: replace(before, consumed=event.consumed)}),
-        spending=spending,
-    )
+    holds = MappingProxyType({**account.holds, event.hold: replace(before, consumed=event.consumed)})
+    at = max(account.charged_at, event.at)
+    return replace(account, owed=account.owed + added, charged_at=at, holds=holds, spending=spending)
 
 
 def _paced(account: CreditAccount, key: KeyId, pace: tuple[int, ...] | None) -> CreditAccount:
