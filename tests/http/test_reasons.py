@@ -17,36 +17,17 @@ from mppnode.cli.devnet import DevnetOptions
 from mppnode.config.schema import LimitsConfig, SessionConfig, TreasuryConfig
 from mppnode.http.problem import STATUS
 from mppnode.kernel.faults import NodeReason
+from tests.http import key_reasons
 from tests.http.test_open_traps import failing, rpc_hook
 from tests.support.http_client import DEPOSIT, UNIT, V1, V2, Reply, World, bent, chat, new_world
 
 Scenario = Callable[[World], Awaitable[Reply]]
-CASES: dict[Reason | NodeReason, Scenario] = {}
+CASES: dict[Reason | NodeReason, Scenario] = {**key_reasons.CASES}
 UNREACHABLE: dict[Reason | NodeReason, str] = {
     Reason.AMBIGUOUS_CREDENTIAL: "the first Payment credential counts, as in the reference server; two are no fault",
     NodeReason.NO_PROVIDER: "one provider per model until routing comes: it is configured or the node does not start",
-    **dict.fromkeys(
-        (
-            NodeReason.INVALID_KEY,
-            NodeReason.KEY_REVOKED,
-            NodeReason.KEY_ROTATED,
-            NodeReason.KEY_EXPIRED,
-            NodeReason.INVALID_TOKEN,
-            NodeReason.TOKEN_EXPIRED,
-            NodeReason.ACCOUNT_FORBIDDEN,
-            NodeReason.ACCOUNT_SUSPENDED,
-            NodeReason.LIMIT_REACHED,
-            NodeReason.CAP_REACHED,
-            NodeReason.IDENTITY_UNAVAILABLE,
-            NodeReason.BILLING_UNAVAILABLE,
-            NodeReason.CREDIT_TOO_LOW,
-            NodeReason.MODEL_FORBIDDEN,
-            NodeReason.REQUEST_RUNNING,
-            NodeReason.OTHER_REQUEST,
-            NodeReason.CONFLICT,
-        ),
-        "no route takes API keys or JWTs yet; tests/unit/accounts reach it without one",
-    ),
+    NodeReason.IDENTITY_UNAVAILABLE: "needs an issuer that is away: test_bearers",
+    NodeReason.BILLING_UNAVAILABLE: "needs a payment processor that is away: tests/billing",
 }
 
 
@@ -372,12 +353,14 @@ async def test_each_reason_has_its_status_and_shape(reason: Reason | NodeReason)
         session=session,
         limits=LimitsConfig(drain_s=1),
         treasury=TreasuryConfig(exposure_max=Units(exposure)),
+        accounts=key_reasons.ACCOUNTS,
     )
     async with new_world(options) as world:
         reply = await CASES[reason](world)
         assert (reply.status, reply.code) == (STATUS[reason], reason.value), reply.body
         error = reply.json["error"]
-        assert set(error) - {"attempts"} == {"message", "type", "param", "code"}
+        extra = {"attempts", "affordable_max_tokens", "top_up_url", "window", "resets_in_s"}
+        assert set(error) - extra == {"message", "type", "param", "code"}
         assert isinstance(error["message"], str)
         assert b"secret" not in reply.body
         assert "Payment-Receipt" not in reply.headers

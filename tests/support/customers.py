@@ -38,7 +38,7 @@ class Customer:
     def books(self) -> Credits:
         return customers_of(self.world).books
 
-    async def send(self, body: object, **more: Any) -> Reply:
+    async def send(self, body: object = None, **more: Any) -> Reply:
         return await self.world.send(body, self.bearer, **more)
 
     def stream(self, body: object, **more: Any) -> Any:
