@@ -1,0 +1,131 @@
+"""Post-paid usage: sealed once, reported until it is certain, exact at Stripe whatever gets lost."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from mppnode.accounts.model import BillingProfile
+from mppnode.billing.meters import Meters, read_report
+from mppnode.kernel.faults import NodeFault, NodeReason
+from mppnode.ledger.credit_rows import TaskState
+from tests.billing.kit import CENT, DOLLAR, HOUR, Desk
+from tests.support.stripe_peer import Mishap
+
+DAY = 86_400
+
+
+def meters(desk: Desk) -> Meters:
+    assert desk.billing.meters is not None
+    return desk.billing.meters
+
+
+def counted(desk: Desk) -> int:
+    return sum(int(event["payload"]["value"]) for event in desk.peer.of("billing.meter_event"))
+
+
+async def use(desk: Desk, pico: int = CENT) -> None:
+    await desk.spend("acct_1", pico)
+    await meters(desk).seal()
+
+
+async def test_usage_is_sealed_once_a_minute_and_reported_exactly(desk: Desk) -> None:
+    """What is reported equals the account's total; two seals in a minute make one report."""
+    await desk.subscribed()
+    for _ in range(5):
+        await use(desk)
+        await meters(desk).send()
+        desk.clock.advance(20)
+    desk.clock.advance(60)
+    await meters(desk).seal()
+    assert await meters(desk).send() == 1
+    assert counted(desk) == (await desk.credit("acct_1")).reported_micro == 50_000
+    reports = [read_report(task) for task in await desk.tasks("meter")]
+    assert all(b.at // 60 > a.at // 60 for a, b in pairwise(reports))
+    assert reports[-1].total == 50_000
+    assert all(report.at <= desk.clock.now() for report in reports)
+
+
+@pytest.mark.parametrize("lost", [Mishap.LOSE_ANSWER, Mishap.GARBAGE, Mishap.BROKEN_AFTER, Mishap.BROKEN])
+@pytest.mark.parametrize("pause", [60, HOUR, 21 * HOUR, 30 * HOUR])
+async def test_k12_lost_answers_are_counted_once_also_after_identifiers_are_forgotten(
+    desk: Desk, lost: Mishap, pause: int
+) -> None:
+    """K12: a report whose outcome is unknown is counted once, whether asked again in a minute or after Stripe forgot."""
+    await desk.subscribed()
+    await use(desk)
+    desk.peer.mishaps.extend([lost] * 3)
+    await meters(desk).send()
+    for seconds in (*[pause] * 4, 21 * HOUR, HOUR):  # a saved 500 stays one until what was counted is looked at
+        desk.clock.advance(seconds)
+        await meters(desk).send()
+    assert counted(desk) == 10_000
+    (task,) = await desk.tasks("meter")
+    assert task.state is TaskState.DONE
+
+
+async def test_p45_old_usage_is_parked_with_an_error(desk: Desk) -> None:
+    """P-45: nothing older than 34 days is sent; it is parked and said so."""
+    await desk.subscribed()
+    await use(desk)
+    desk.clock.advance(35 * DAY)
+    assert await meters(desk).send() == 0
+    (task,) = await desk.tasks("meter")
+    assert (task.state, counted(desk), read_report(task).why) == (TaskState.PARKED, 0, "too_old")
+    assert any(event == "meter.parked" for event, _ in desk.log)
+
+
+async def test_a_minute_with_something_elses_usage_is_parked(desk: Desk) -> None:
+    """When Stripe counted what no report of ours explains, nothing is sent again: billing twice is worse than late."""
+    account = await desk.subscribed()
+    await use(desk)
+    desk.peer.mishaps.extend([Mishap.BROKEN] * 3)
+    await meters(desk).send()
+    (task,) = await desk.tasks("meter")
+    assert account.billing.customer is not None
+    await desk.stripe.report_usage(
+        event_name="usage", identifier="another", customer=account.billing.customer, value=7, timestamp=read_report(task).at
+    )
+    desk.clock.advance(25 * HOUR)
+    await meters(desk).send()
+    (task,) = await desk.tasks("meter")
+    assert (task.state, counted(desk)) == (TaskState.PARKED, 7)
+
+
+async def test_p46_reconciliation_compares_what_stripe_counted(desk: Desk) -> None:
+    """P-46: a clean day has no differences; usage Stripe counted and we never reported is one."""
+    account = await desk.subscribed()
+    await use(desk)
+    await meters(desk).send()
+    desk.clock.advance(3 * HOUR)
+    since, until = desk.clock.now() - DAY, desk.clock.now()
+    assert (await desk.billing.reconcile(since, until)).differences == []
+    assert account.billing.customer is not None
+    await desk.stripe.report_usage(
+        event_name="usage", identifier="another", customer=account.billing.customer, value=7, timestamp=until - 2 * HOUR
+    )
+    report = await desk.billing.reconcile(since, until)
+    assert [(one.what, one.ours, one.theirs) for one in report.differences] == [("meter", 10_000, 10_007)]
+    assert not report.clean
+
+
+async def test_subscribing_needs_terms_and_a_card_and_happens_once(desk: Desk) -> None:
+    """Prepaid accounts and accounts without a card are refused; twice, and a lost answer, make one subscription."""
+    for account, field in ((await desk.account("acct_a"), "terms"), (await desk.account("acct_b", prepaid=False), "card")):
+        with pytest.raises(NodeFault) as caught:
+            await desk.billing.subscribe(account)
+        assert (caught.value.reason, caught.value.field) == (NodeReason.CONFLICT, field)
+    account = await desk.with_card("acct_1", prepaid=False)
+    customer = account.billing.customer
+    assert customer is not None
+    await desk.stripe.set_default_card(customer=customer, payment_method="pm_visa", key="12345678")
+    await desk.billing.subscribe(account)
+    await desk.billing.subscribe(account)
+    # what is left when the node died before it could store the answer, and the key is forgotten
+    await desk.change(account.id, subscription=None)
+    desk.clock.advance(2 * DAY)
+    await desk.billing.subscribe(account)
+    (made,) = desk.peer.of("subscription")
+    assert (await desk.read("acct_1")).billing == BillingProfile(customer, "pm_visa", made["id"])
+    assert (await desk.credit("acct_1")).overdraft == DOLLAR
