@@ -10,8 +10,12 @@ from typing import Any
 import pytest
 
 from channels.credit import KEYS_MAX
+from channels.units import Pico
 from mppnode.accounts.directory import Directory
-from mppnode.accounts.forms import KeyForm
+from mppnode.accounts.forms import Gift, KeyForm, Opening
+from mppnode.accounts.keyring import Accounts, Keyring
+from mppnode.accounts.model import AccountKind, Prepaid
+from mppnode.kernel.faults import NodeFault
 from mppnode.kernel.keys import KEY_START, new_key
 from mppnode.ledger.credits import Credits
 from mppnode.ledger.talk import Talk, Till
@@ -191,3 +195,25 @@ async def test_k2_hostile_bearers_reach_the_ledger_as_digests_alone(tmp_path: Pa
             "SELECT id, account, digest, ended, document, created_ms FROM api_key WHERE digest = ?"
         }
         assert [values for _, values in watched.asked] == [(hashlib.sha256(text.encode()).hexdigest(),) for text in sound]
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "postgres"])
+async def test_both_stores_do_the_same_with_keys_and_gifts(tmp_path: Path, kind: str) -> None:
+    """Creating, rotating, retiring and giving credit are one transaction each on either store."""
+    async with open_shop(kind, tmp_path) as shop:
+        books = Credits(await shop.open(), clock=shop.clock)
+        keyring, accounts = (made(books, clock=shop.clock, entropy=os.urandom) for made in (Keyring, Accounts))
+        account = await accounts.create(Opening("first", AccountKind.USER, None, Prepaid()))
+        made = await keyring.create(account.id, KeyForm({"expires_at": shop.clock.now() + 60}))
+        new = await keyring.rotate(account.id, made.key.id, 5)
+        with pytest.raises(NodeFault, match="replaced already"):
+            await keyring.rotate(account.id, made.key.id, 5)
+        assert (await keyring.find(account.id, made.key.id)).rotated_to == new.key.id
+        gift = Gift(Pico(5), "x")
+        assert [(await accounts.grant(account.id, gift))[1] for _ in range(2)] == [True, False]
+        with pytest.raises(NodeFault, match="another amount"):
+            await accounts.grant(account.id, Gift(Pico(6), "x"))
+        with pytest.raises(NodeFault, match="does not fit"):
+            await accounts.grant(account.id, Gift(Pico(5 * 10**18), "y"))
+        assert (await accounts.credit(account.id)).balance == 5
+        assert (await accounts.grant(account.id, Gift(Pico(7), "y")))[1]

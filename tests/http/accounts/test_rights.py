@@ -165,6 +165,9 @@ async def test_k10_limits_are_lifted_by_owners_alone(desk: Office) -> None:
     assert narrowed.status == 200
     for method, where, body in (("POST", "/v1/keys", {"spend_caps": {"day": 1}}), ("POST", f"{path}/rotate", {}), ("PATCH", "/v1/account", {}), ("DELETE", f"/v1/keys/{owner.key.id}", None)):
         assert (await desk.ask(method, where, text, body)).code == "account_forbidden"
+    pooled = (await desk.ask("POST", "/v1/keys", owner.secret.text, {"model_pool": ["a"]})).json
+    sabotage = await desk.ask("PATCH", f"/v1/keys/{owner.key.id}", pooled["key"], {"model_pool": ["a"]})
+    assert (sabotage.code, sabotage.param) == ("account_forbidden", "model_pool")
     lifted = await desk.ask("PATCH", path, "jwt.first", {"spend_caps": None})
     assert lifted.json["spend_caps"] == {"day": None, "month": None, "total": None}
     assert (await desk.rule("PATCH", f"/accounts/{account.id}/keys/{made['id']}", {"rpm": None, "tpm": None})).json["rpm"] is None
