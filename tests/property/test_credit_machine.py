@@ -25,6 +25,8 @@ KEYS = [c.KeyId("k1"), c.KeyId("k2"), c.KeyId("")]
 BEGIN = int(datetime(2024, 12, 30, 22, tzinfo=UTC).timestamp())
 MICRO = 10**6
 AMOUNT = st.integers(1, 60).map(lambda n: n * 300_000)
+CAP = st.sampled_from([None, None, None, "least", "least", "want", "one too few", "nothing"])
+"""What a cap leaves: just enough, just too little; or there is none."""
 QUICK = settings(max_examples=150, stateful_step_count=50, deadline=None)
 
 
@@ -136,6 +138,8 @@ class CreditBooks(RuleBasedStateMachine):
         self.journal: list[c.CreditEvent] = []
         self.account: c.CreditAccount | None = None
         self.run(c.OpenAccount(ID))
+        self.moves(c.FundsKind.PAYMENT, 8 * MICRO, 1)
+        self.trusts(80 * MICRO)
 
     def run(self, command: c.CreditCommand) -> c.CreditOutcome | c.CreditFault:
         before, copy = self.account, repr(self.account)
@@ -162,7 +166,7 @@ class CreditBooks(RuleBasedStateMachine):
 
     # --- money
 
-    @rule(kind=st.sampled_from(list(c.FundsKind)), amount=AMOUNT, back=st.sampled_from([1, 1, 1, -1]))
+    @rule(kind=st.sampled_from([c.FundsKind.INVOICE, *c.FundsKind]), amount=AMOUNT, back=st.sampled_from([1, 1, 1, -1]))
     def moves(self, kind: c.FundsKind, amount: int, back: int) -> None:
         assert not self.done(c.MoveFunds(kind, "x", amount * back)).replayed
         self.clerk.money.append((kind, amount * back))
@@ -181,7 +185,7 @@ class CreditBooks(RuleBasedStateMachine):
             assert isinstance(fault, c.CreditFault)
             assert fault.reason is Why.FUNDS_LIMIT
 
-    @rule(overdraft=st.sampled_from([0, 3 * MICRO, 20 * MICRO]))
+    @rule(overdraft=st.sampled_from([0, 3 * MICRO, 80 * MICRO, 80 * MICRO]))
     def trusts(self, overdraft: int) -> None:
         assert self.done(c.SetOverdraft(overdraft)).replayed == (overdraft == self.clerk.overdraft)
         self.clerk.overdraft = overdraft
@@ -197,16 +201,26 @@ class CreditBooks(RuleBasedStateMachine):
 
     @rule(
         key=st.sampled_from(KEYS),
-        want=AMOUNT,
+        want=st.integers(1, 40).map(lambda n: n * 123_456),
         floor=st.integers(1, 8),
-        caps=st.tuples(*[st.one_of(st.none(), st.just(0), AMOUNT)] * 3),
+        caps=st.tuples(CAP, CAP, CAP),
         room=st.sampled_from([1, 2, 9, 9, 9]),
         stale=st.sampled_from([0] * 9 + [-1, 1]),
+        fits=st.sampled_from([None] * 7 + [0, 1]),
     )
-    def holds(self, *, key: c.KeyId, want: int, floor: int, caps: tuple[int | None, ...], room: int, stale: int) -> None:
+    def holds(
+        self, *, key: c.KeyId, want: int, floor: int, caps: tuple[str | None, ...], room: int, stale: int, fits: int | None
+    ) -> None:
         self.number += 1
         name, least = f"r{self.number:03}", max(want * floor // 8, 1)
-        limits = c.SpendCaps(*(None if cap is None else Pico(cap) for cap in caps))
+        if fits is not None:  # all there is, or a pico more
+            want = least = max(self.clerk.free, 0) + max(fits, self.clerk.free <= 0)
+        used = sum(live.rest for live in self.clerk.live.values() if live.key == key)
+        room_for = {"least": least, "want": want, "one too few": least - 1, "nothing": -3}
+        spends = self.clerk.spent(key, self.now).values()
+        limits = c.SpendCaps(
+            *(None if cap is None else Pico(max(spent + used + room_for[cap], 0)) for cap, spent in zip(caps, spends, strict=True))
+        )
         ask = c.Hold(HoldId(name), Pico(least), Pico(want), self.clerk.access + stale, key, limits, room, NodeId("n"))
         why, amount = self.clerk.verdict(ask, self.now)
         made = self.run(ask)
@@ -279,6 +293,17 @@ class CreditBooks(RuleBasedStateMachine):
             late = self.run(command)
             assert isinstance(late, c.CreditFault)
             assert late.reason is Why.HOLD_FENCED
+
+    @rule(key=st.sampled_from(KEYS), want=st.integers(8, 4 * MICRO), part=st.integers(0, 9), more=st.integers(0, 24), days=st.sampled_from([0, 0, 1]))
+    def serves(self, key: c.KeyId, want: int, part: int, more: int, days: int) -> None:
+        """A request from its hold to its end, perhaps across midnight."""
+        self.holds(key=key, want=want, floor=1, caps=(None, None, None), room=9, stale=0, fits=None)
+        self.folds(pick=-1, part=part)
+        self.now += days * 86_400
+        self.folds(pick=-1, part=8)
+        self.reports()
+        self.settles(pick=-1, part=more)
+        self.reports()
 
     # --- bills and time
 
