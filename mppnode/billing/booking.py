@@ -26,7 +26,7 @@ from mppnode.kernel.probe import Probe, unwatched
 from mppnode.ledger import credit_lists, credit_talk
 from mppnode.ledger.credit_lists import By
 from mppnode.ledger.credit_rows import AccountRow, SideRow, Task, TaskState
-from mppnode.ledger.credit_talk import Booked
+from mppnode.ledger.credit_talk import ACCOUNT_COLUMNS, Booked
 from mppnode.ledger.credits import Credits
 from mppnode.ledger.talk import Talk
 
@@ -162,6 +162,15 @@ class Bookkeeper:
         return react
 
 
+def customers(after: AccountId | None, limit: int) -> Talk[list[Account]]:
+    """A page of the accounts that are customers at Stripe, in the order of their ids."""
+    rows = yield (
+        f"SELECT {ACCOUNT_COLUMNS} FROM account WHERE customer IS NOT NULL AND id > ? ORDER BY id LIMIT ?",  # noqa: S608
+        (after or "", limit),
+    )
+    return [read_account(credit_talk.account_of(row)) for row in rows]
+
+
 def still_low(credit: CreditAccount, owner: Account, at: UnixMillis) -> Talk[None]:
     """Order another recharge where one was not enough."""
     for task in recharge_order(credit, owner, at):
@@ -223,7 +232,7 @@ def _stand(
         return  # somebody else's, who alone may end it
     number = len((yield from credit_lists.tasks(owner.id, SUSPENSION, None, _PAGE)))
     document = orjson.dumps({"why": why.value, "about": about}).decode()
-    task = Task(f"suspension-{owner.id}-{number}", SUSPENSION, owner.id, _NEVER_MS, document, created_ms=at)
+    task = Task(f"{SUSPENSION}-{owner.id}-{at}-{number}", SUSPENSION, owner.id, _NEVER_MS, document, created_ms=at)
     yield from credit_talk.add_task(task)
     wanted[why, about] = task
 

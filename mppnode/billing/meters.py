@@ -23,6 +23,7 @@ from channels.credit import AccountId, CreditAccount, CreditPlan, ReportUsage, p
 from channels.instants import UnixMillis, UnixSeconds
 from mppnode.accounts.documents import read_account
 from mppnode.accounts.model import Account, Postpaid
+from mppnode.billing.booking import customers
 from mppnode.gateways.stripe_faults import StripeFault, StripeFaultKind
 from mppnode.kernel.probe import Probe, unwatched
 from mppnode.ledger import credit_lists, credit_talk
@@ -86,12 +87,17 @@ class Meters:
     async def seal(self) -> int:
         """Write a report for every post-paid account that has used something; returns how many."""
         sealed, after = 0, None
-        while page := await self._books.read(partial(credit_lists.accounts, after, _ACCOUNTS)):
+        while page := await self._books.read(partial(customers, after, _ACCOUNTS)):
             after = page[-1].id
-            for account in map(read_account, page):
-                if is_metered(account):
+            for account in page:
+                # A look first: most accounts have used nothing, and a transaction for each would be a write for each.
+                if is_metered(account) and await self._has_usage(account.id):
                     sealed += await self._seal(account)
         return sealed
+
+    async def _has_usage(self, account: AccountId) -> bool:
+        credit = await self._books.load(account)
+        return credit is not None and bool(plan(credit, ReportUsage(), now=self._books.clock.now()).events)
 
     async def _seal(self, account: Account) -> bool:
         at = self._books.clock.now_millis()

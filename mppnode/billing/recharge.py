@@ -21,7 +21,7 @@ from channels.payment import PICO_PER_CENT, PaymentRecord
 from mppnode.accounts.documents import read_account
 from mppnode.accounts.model import Account, Prepaid, Recharge
 from mppnode.accounts.notices import RECHARGE, alert, recharge_order
-from mppnode.billing.booking import Bookkeeper, Paid, changed, still_low
+from mppnode.billing.booking import Bookkeeper, Paid, changed, customers, still_low
 from mppnode.gateways.stripe_faults import StripeFault, StripeFaultKind
 from mppnode.gateways.stripe_objects import Purpose
 from mppnode.ledger import credit_lists, credit_talk
@@ -82,9 +82,9 @@ class Recharger:
     async def look(self) -> int:
         """Order what nobody ordered: accounts that were below a threshold when it was set. Returns how many."""
         ordered, after = 0, None
-        while page := await self._books.read(partial(credit_lists.accounts, after, _ACCOUNTS)):
+        while page := await self._books.read(partial(customers, after, _ACCOUNTS)):
             after = page[-1].id
-            for account in map(read_account, page):
+            for account in page:
                 if account.billing.recharge is not None and (credit := await self._books.load(account.id)):
                     for task in recharge_order(credit, account, self._books.clock.now_millis()):
                         ordered += await self._books.add_task(task)

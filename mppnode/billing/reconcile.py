@@ -34,6 +34,10 @@ if TYPE_CHECKING:
     from mppnode.gateways.stripe_objects import Dispute
 
 _PAGE: Final = 200
+_FIRST_S: Final = 1_000_000_000  # a time before every payment, and with as many digits as today's
+_REFUNDS_S: Final = 30 * 86_400  # before the period: a bank can return a refund for a month after it was made
+_DISPUTES_S: Final = 120 * 86_400  # a bank decides within about three months, with evidence and appeal
+_INVOICES_S: Final = 60 * 86_400  # Stripe tries a card for up to two months; only those of suspended accounts are read
 _COUNTING_S: Final = 3_600  # Stripe counts late: reports of the last hour are compared the next time
 _DIFFERENCES_MAX: Final = 1_000  # told one by one; beyond that something is wrong that a longer list does not explain
 
@@ -151,21 +155,24 @@ class Reconciler:
                 _add(heard, account, PaymentRecord(payment.id, paid=payment.received))
 
     async def _invoices(self, since: int, until: int, heard: dict[str, tuple[Account, PaymentRecord]]) -> None:
-        for invoice in await self._stripe.invoices(since, until):
+        for invoice in await self._stripe.invoices(max(since - _INVOICES_S, _FIRST_S), until):
             account = await self._hearer.invoice_account(invoice)
-            if account is not None and invoice.amount_paid:
+            if account is None or not invoice.amount_paid:
+                continue
+            if invoice.created >= since or account.suspended_at is not None:
                 for record in await self._hearer.payments_of(invoice.id):
                     _add(heard, account, record)
 
     async def _taken_back(self, since: int, until: int, heard: dict[str, tuple[Account, PaymentRecord]]) -> None:
-        """Refunds and disputes of the period, whenever what they are about was paid."""
-        refunds = [one for one in await self._stripe.refunds(since, until) if one.payment is not None]
+        """Refunds and disputes, whenever what they are about was paid; older ones too, which may have ended just now."""
+        listed = await self._stripe.refunds(max(since - _REFUNDS_S, _FIRST_S), until)
+        refunds = [one for one in listed if one.payment is not None]
         for payment in dict.fromkeys(one.payment for one in refunds):
             assert payment is not None
             account = await self._hearer.account_of(payment, None, None)
             if account is not None:
                 _add(heard, account, refunded(payment, [one for one in refunds if one.payment == payment]))
-        for dispute in await self._stripe.disputes(since, until):
+        for dispute in await self._stripe.disputes(max(since - _DISPUTES_S, _FIRST_S), until):
             if dispute.payment is not None:
                 account = await self._hearer.account_of(dispute.payment, None, None)
                 if account is not None:
@@ -177,7 +184,7 @@ class Reconciler:
         before = None if known is None else known[1]
         after = joined(before, heard)
         found.stripe = found.stripe.plus(heard)
-        found.ledger = found.ledger.plus(before or PaymentRecord(heard.id))
+        found.ledger = found.ledger.plus(_same_parts(before, heard))
         if after == before:
             return
         worth = 0 if before is None else before.worth
@@ -252,6 +259,18 @@ class Reconciler:
 def _add(heard: dict[str, tuple[Account, PaymentRecord]], account: Account, record: PaymentRecord) -> None:
     known = heard.get(record.id)
     heard[record.id] = (account, record if known is None else joined(known[1], record))
+
+
+def _same_parts(known: PaymentRecord | None, heard: PaymentRecord) -> PaymentRecord:
+    """What we know of the things that were heard of: the rest is of another period, and on one side only."""
+    if known is None:
+        return PaymentRecord(heard.id)
+    return replace(
+        known,
+        paid=None if heard.paid is None else known.paid,
+        refunds={name: known.refunds[name] for name in heard.refunds if name in known.refunds},
+        disputes={name: known.disputes[name] for name in heard.disputes if name in known.disputes},
+    )
 
 
 def _state(dispute: Dispute) -> DisputeState:

@@ -30,7 +30,7 @@ from tests.support.stripe_peer import KEY
 ACCOUNT = AccountId("acct_1")
 
 
-async def main(kind: str, place: str, url: str, now: int, point: str, spend: int) -> None:
+async def main(kind: str, place: str, url: str, *, now: int, point: str, spend: int) -> None:
     def probe(reached: str) -> None:
         if reached == point:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -53,4 +53,4 @@ async def main(kind: str, place: str, url: str, now: int, point: str, spend: int
 
 if __name__ == "__main__":
     kind, place, url, now, point, spend = sys.argv[1:]
-    asyncio.run(main(kind, place, url, int(now), point, int(spend)))
+    asyncio.run(main(kind, place, url, now=int(now), point=point, spend=int(spend)))

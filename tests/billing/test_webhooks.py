@@ -253,3 +253,32 @@ async def test_events_of_unknown_accounts_are_noted_and_harmless(desk: Desk) -> 
     await desk.deliver_all()
     await desk.deliver_all()
     assert [event for event, _ in desk.log if event == "billing.passed"] == ["billing.passed"]
+
+
+async def test_k7_reconciliation_hears_of_late_ends_of_old_disputes_and_invoices(desk: Desk) -> None:
+    """K7: a dispute won two months later and an invoice paid weeks later heal without their events; both sides agree."""
+    account = await desk.account()
+    await desk.billing.buy(account, 500)
+    desk.peer.complete_checkout(desk.peer.of("checkout.session")[0]["id"])
+    dispute = desk.peer.dispute(desk.peer.of("payment_intent")[0]["id"])
+    await desk.deliver_all()
+    assert (await desk.credit("acct_1")).balance == 0
+    other = await desk.subscribed("acct_2")
+    await desk.spend("acct_2", DOLLAR)
+    assert desk.billing.meters is not None
+    await desk.billing.meters.seal()
+    await desk.billing.meters.send()
+    desk.clock.advance(HOUR)
+    desk.peer.objects[str(other.billing.customer)]["invoice_settings"]["default_payment_method"] = "pm_declined"
+    invoice = desk.peer.close_invoice(str(other.billing.subscription))
+    await desk.deliver(desk.events("invoice.payment_failed")[0])
+    desk.clock.advance(50 * 86_400)
+    desk.peer.close_dispute(dispute["id"], "won")
+    desk.peer.objects[str(other.billing.customer)]["invoice_settings"]["default_payment_method"] = "pm_visa"
+    desk.peer.retry_invoice(invoice["id"])
+    report = await desk.billing.reconcile(desk.clock.now() - 86_400, desk.clock.now() + 1)
+    assert (await desk.credit("acct_1")).balance == 5 * DOLLAR
+    assert ((await desk.credit("acct_2")).balance, (await desk.read("acct_2")).suspended_at) == (0, None)
+    assert (report.booked, report.clean) == (2, True)
+    again = await desk.billing.reconcile(desk.clock.now() - 86_400, desk.clock.now() + 1)
+    assert (again.ledger, again.booked, again.differences) == (again.stripe, 0, [])
