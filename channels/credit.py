@@ -170,7 +170,7 @@ class CreditAccount:
     charged_at: UnixSeconds = _NEVER
     holds: Mapping[HoldId, CreditHold] = field(default_factory=lambda: MappingProxyType({}))
     spending: Mapping[KeyId, Spending] = field(default_factory=lambda: MappingProxyType({}))
-    """A key counts from its first hold until it is forgotten; what is still running then is counted no more."""
+    """A key counts from its first hold until it is forgotten; what runs then counts only if the key holds anew."""
     paces: Mapping[KeyId, tuple[int, ...]] = field(default_factory=lambda: MappingProxyType({}))
     """What a rate limiter keeps of each key; opaque here, but it changes in the same step as the money."""
 

@@ -233,6 +233,8 @@ class CreditBooks(RuleBasedStateMachine):
         assert (made.granted, made.replayed) == (amount, False)
         assert least <= amount <= want
         self.clerk.live[name] = Live(key, amount)
+        for live in self.clerk.live.values():
+            live.counted = live.counted or live.key == key  # a forgotten key that comes back is charged what still runs
         # At the moment of the grant, and only then: what is promised is covered.
         assert self.clerk.owed + self.clerk.held <= self.clerk.funds() + self.clerk.overdraft
         spent, held = self.clerk.spent(key, self.now), sum(one.rest for one in self.clerk.live.values() if one.key == key)
