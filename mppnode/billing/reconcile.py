@@ -164,7 +164,7 @@ class Reconciler:
                     _add(heard, account, record)
 
     async def _taken_back(self, since: int, until: int, heard: dict[str, tuple[Account, PaymentRecord]]) -> None:
-        """Refunds and disputes, whenever what they are about was paid; older ones too, which may have ended just now."""
+        """Refunds and disputes, whenever what they are about was paid; older ones too, as they may just have ended."""
         listed = await self._stripe.refunds(max(since - _REFUNDS_S, _FIRST_S), until)
         refunds = [one for one in listed if one.payment is not None]
         for payment in dict.fromkeys(one.payment for one in refunds):

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
+from dataclasses import replace
+
 import pytest
 
 from mppnode.accounts.model import Alerts, Recharge
-from mppnode.billing.recharge import DECLINED_MS, KEY_FORGOTTEN_MS, read_order
+from mppnode.billing.booking import Bookkeeper
+from mppnode.billing.recharge import DECLINED_MS, KEY_FORGOTTEN_MS, Recharger, read_order
+from mppnode.config.accounts import TrustLimits
 from mppnode.ledger.credit_rows import TaskState
+from mppnode.observe.logs import quiet
 from tests.billing.kit import DOLLAR, HOUR, Desk
 from tests.support.stripe_peer import Mishap
 
@@ -136,3 +142,15 @@ async def test_an_order_that_is_not_needed_any_more_takes_nothing(desk: Desk) ->
     assert desk.peer.of("payment_intent") == []
     (task,) = await desk.tasks("recharge")
     assert read_order(task).stage == "enough"
+
+
+async def test_two_nodes_that_both_lead_charge_once(desk: Desk) -> None:
+    """Workers that run at the same time, on two orders of one account, take one payment."""
+    await low(desk)
+    (task,) = await desk.tasks("recharge")
+    await desk.books.add_task(replace(task, id="recharge_other"))
+    other = Recharger(desk.stripe, Bookkeeper(desk.books, TrustLimits()), log=quiet)
+    desk.clock.advance(61)
+    await asyncio.gather(desk.billing.recharger.work(), other.work(), desk.billing.recharger.work())
+    await work(desk)
+    assert (paid(desk), (await desk.credit("acct_1")).balance) == (1_000, 11 * DOLLAR)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import permutations
 from typing import Any
@@ -282,3 +284,23 @@ async def test_k7_reconciliation_hears_of_late_ends_of_old_disputes_and_invoices
     assert (report.booked, report.clean) == (2, True)
     again = await desk.billing.reconcile(desk.clock.now() - 86_400, desk.clock.now() + 1)
     assert (again.ledger, again.booked, again.differences) == (again.stripe, 0, [])
+
+
+async def test_a_deleted_customer_is_replaced_by_another_on_the_next_need(desk: Desk) -> None:
+    """Customer, card and subscription are forgotten, and the next page is for a new customer, not the deleted one."""
+    await desk.subscribed()
+    (first,) = desk.peer.of("customer")
+    desk.peer.emit("customer.deleted", first)
+    await desk.deliver_all()
+    await desk.deliver_all()
+    account = await desk.read("acct_1")
+    assert (account.billing.customer, account.billing.card, account.billing.subscription) == (None, None, None)
+    await desk.billing.portal(account)
+    assert len(desk.peer.of("customer")) == 2
+    assert (await desk.read("acct_1")).billing.customer == desk.peer.of("customer")[1]["id"]
+
+
+def test_stripes_package_is_not_imported_with_billing() -> None:
+    """A node without Stripe does not load its package, of several thousand modules."""
+    code = "import sys, mppnode.billing.service; sys.exit('stripe' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
