@@ -20,11 +20,10 @@ from mppnode.accounts.forms import known, read_gift, read_key_form, read_opening
 from mppnode.accounts.keyring import Accounts, Keyring
 from mppnode.accounts.model import Account, Postpaid
 from mppnode.config.secrets import Secret
-from mppnode.gateways.stripe_faults import StripeFault
 from mppnode.http.account_json import account_json, credits_json, key_json, task_json
 from mppnode.http.account_routes import keys_page, made_json, page, transactions_page, with_secret
 from mppnode.http.answers import body_of
-from mppnode.http.billing_routes import BillingPort, away
+from mppnode.http.billing_routes import BillingPort
 from mppnode.http.middleware import fault_boundary, stamp
 from mppnode.http.reception import Query, answer, answered, bearer_of, cursor, identifier, refusal
 from mppnode.http.usage_routes import usage_answer
@@ -128,9 +127,10 @@ class AdminSurface:
     async def create_account(self, request: web.Request) -> web.Response:
         """Open an account."""
         opening = read_opening(await body_of(request))
+        if self._billing is not None and isinstance(opening.terms, Postpaid):
+            words = "must be prepaid until a card is saved: nobody could be billed"
+            raise NodeFault(NodeReason.CONFLICT, field="terms", detail=words)
         account = await self._accounts.create(opening)
-        if isinstance(opening.terms, Postpaid):
-            await self._subscribe(account.id)
         return answer(account_json(account), status=_CREATED)
 
     @answered
@@ -157,9 +157,10 @@ class AdminSurface:
         """Suspend or resume it, set terms, limits, e-mail and settings."""
         account = await self._account(request)
         form = read_operated(await body_of(request), private_alerts=self._private_alerts)
-        if isinstance(form.terms, Postpaid):
-            # Before the terms: somebody who may owe and is billed by nobody is a gift.
-            await self._subscribe(account.id)
+        if self._billing is not None and isinstance(form.terms, Postpaid):
+            # Before the terms: somebody who may owe and is billed by nobody is a gift. Without a payment processor the
+            # operator writes the invoices.
+            await self._billing.subscribe(replace(account, terms=form.terms))
         changed, secret = await self._accounts.change(account.id, form)
         return answer(with_secret(account_json(changed), secret))
 
@@ -267,11 +268,3 @@ class AdminSurface:
     @staticmethod
     def _key(request: web.Request) -> tuple[AccountId, KeyId]:
         return AccountId(identifier(request, "account")), KeyId(identifier(request))
-
-    async def _subscribe(self, account: AccountId) -> None:
-        if self._billing is None:
-            return  # then the operator writes the invoices
-        try:
-            await self._billing.subscribe(account)
-        except StripeFault as fault:
-            raise away(fault) from None

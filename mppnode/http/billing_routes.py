@@ -8,13 +8,11 @@ from typing import Final, Protocol
 
 from aiohttp import web
 
-from channels.credit import AccountId
-from channels.faults import ChannelFault
 from mppnode.accounts.directory import Admission, Directory
 from mppnode.accounts.forms import read_checkout
 from mppnode.accounts.keyring import require_owner
+from mppnode.accounts.model import Account
 from mppnode.gateways.stripe_events import WebhookFault
-from mppnode.gateways.stripe_faults import StripeFault, StripeFaultKind
 from mppnode.http.answers import body_of
 from mppnode.http.reception import Reception, answer, answered
 from mppnode.kernel.faults import NodeFault, NodeReason
@@ -24,30 +22,29 @@ PORTAL: Final = "/billing/portal"
 WEBHOOK: Final = "/webhooks/stripe"
 SIGNATURE: Final = "Stripe-Signature"
 WEBHOOK_BYTES_MAX: Final = 512 * 1024  # Stripe's largest objects are invoices of tens of kilobytes
-_AGAIN_S: Final = 5
 _WEBHOOK_S: Final = 10.0  # Stripe sends its bodies at once; holding connections open is for those who have no secret
 
 
 class BillingPort(Protocol):
     """What customers may ask of the payment processor, and what it tells us.
 
-    Everything raises ``StripeFault`` and ``ChannelFault`` (``STORE_UNAVAILABLE``); amounts are cents.
+    Everything raises ``BILLING_UNAVAILABLE`` and ``STORE_UNAVAILABLE`` for outages; amounts are cents.
     """
 
-    async def buy(self, account: AccountId, cents: int) -> str:
-        """The page on which this much credit is paid for. Raises ``NodeFault`` for an amount that is not on sale."""
+    async def buy(self, account: Account, cents: int) -> str:
+        """The page on which this much credit is paid for. Raises ``INVALID_FIELD`` for an amount that is not sold."""
         ...
 
-    async def add_card(self, account: AccountId) -> str:
+    async def add_card(self, account: Account) -> str:
         """The page on which a card is put on file."""
         ...
 
-    async def portal(self, account: AccountId) -> str:
+    async def portal(self, account: Account) -> str:
         """The page on which cards and invoices are looked after."""
         ...
 
-    async def subscribe(self, account: AccountId) -> None:
-        """See to it that a post-paid account is billed; a repeat changes nothing."""
+    async def subscribe(self, account: Account) -> None:
+        """See to it that a post-paid account is billed; a repeat changes nothing. Raises ``CONFLICT``."""
         ...
 
     async def webhook(self, body: bytes, signature: str) -> None:
@@ -76,24 +73,17 @@ class BillingSurface:
         who = await self._owner(request)
         billing = self._configured()
         wanted = read_checkout(await body_of(request))
-        account = who.account.id
-        try:
-            if wanted.amount_cents is None:
-                url = await billing.add_card(account)
-            else:
-                url = await billing.buy(account, wanted.amount_cents)
-        except StripeFault as fault:
-            raise away(fault) from None
+        if wanted.amount_cents is None:
+            url = await billing.add_card(who.account)
+        else:
+            url = await billing.buy(who.account, wanted.amount_cents)
         return answer({"object": "checkout", "url": url})
 
     @answered
     async def portal(self, request: web.Request) -> web.Response:
         """The page for cards and invoices."""
         who = await self._owner(request)
-        try:
-            url = await self._configured().portal(who.account.id)
-        except StripeFault as fault:
-            raise away(fault) from None
+        url = await self._configured().portal(who.account)
         return answer({"object": "portal", "url": url})
 
     @answered
@@ -107,8 +97,6 @@ class BillingSurface:
             await billing.webhook(await _raw(request), signatures[0])
         except WebhookFault as fault:
             raise NodeFault(NodeReason.INVALID_FIELD, field="webhook", detail=fault.reason.value) from None
-        except StripeFault as fault:
-            raise away(fault) from None
         return answer({"received": True})
 
     async def _owner(self, request: web.Request) -> Admission:
@@ -135,14 +123,3 @@ async def _raw(request: web.Request) -> bytes:
     except TimeoutError:
         raise NodeFault(NodeReason.INVALID_FIELD, field="body", detail="did not arrive in time") from None
     return bytes(body)
-
-
-def away(fault: StripeFault) -> NodeFault | ChannelFault:
-    """What a call to the processor that did not end well means for whoever asked. None of it is about their key."""
-    match fault.kind:
-        case StripeFaultKind.DECLINED | StripeFaultKind.INVALID:
-            words = "the payment processor does not take this request"
-            return NodeFault(NodeReason.CONFLICT, detail=words)
-        case StripeFaultKind.UNREACHABLE | StripeFaultKind.REFUSED | StripeFaultKind.OUTCOME_UNKNOWN:
-            words = "the payment processor cannot be asked just now"
-            return NodeFault(NodeReason.OVERLOADED, detail=words, retry_after_s=_AGAIN_S)

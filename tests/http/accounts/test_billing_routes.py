@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from channels.credit import AccountId
 from channels.faults import ChannelFault, Reason
+from channels.units import Pico
+from mppnode.accounts.model import Account, Postpaid
 from mppnode.gateways.stripe_events import WebhookFault, WebhookReason
-from mppnode.gateways.stripe_faults import StripeFault, StripeFaultKind
 from mppnode.http.billing_routes import WEBHOOK_BYTES_MAX
+from mppnode.kernel.faults import NodeFault, NodeReason
 from tests.http.accounts.office import Office, office
 
 
@@ -28,17 +29,17 @@ class Till:
         self.asked.append(what)
         return "https://pay.example/session"
 
-    async def buy(self, account: AccountId, cents: int) -> str:
-        return await self._note("buy", account, cents)
+    async def buy(self, account: Account, cents: int) -> str:
+        return await self._note("buy", account.id, cents)
 
-    async def add_card(self, account: AccountId) -> str:
-        return await self._note("card", account)
+    async def add_card(self, account: Account) -> str:
+        return await self._note("card", account.id)
 
-    async def portal(self, account: AccountId) -> str:
-        return await self._note("portal", account)
+    async def portal(self, account: Account) -> str:
+        return await self._note("portal", account.id)
 
-    async def subscribe(self, account: AccountId) -> None:
-        await self._note("subscribe", account)
+    async def subscribe(self, account: Account) -> None:
+        await self._note("subscribe", account.id, account.terms)
 
     async def webhook(self, body: bytes, signature: str) -> None:
         await self._note("webhook", body, signature)
@@ -97,9 +98,7 @@ async def test_a_webhook_is_passed_on_as_the_bytes_it_was(shop: Office, till: Ti
     ("fault", "status"),
     [
         (WebhookFault(next(iter(WebhookReason))), 400),
-        (StripeFault(StripeFaultKind.UNREACHABLE, "x"), 503),
-        (StripeFault(StripeFaultKind.OUTCOME_UNKNOWN, "x"), 503),
-        (StripeFault(StripeFaultKind.REFUSED, "x"), 503),
+        (NodeFault(NodeReason.BILLING_UNAVAILABLE, detail="away"), 503),
         (ChannelFault(Reason.STORE_UNAVAILABLE, detail="away"), 503),
     ],
     ids=str,
@@ -137,10 +136,12 @@ async def test_without_billing_there_is_nothing(desk: Office) -> None:
 async def test_nobody_becomes_post_paid_who_would_not_be_billed(shop: Office, till: Till) -> None:
     """An account is subscribed before it may owe; while Stripe is away it stays prepaid."""
     account, _ = await shop.customer("first")
-    till.fault = StripeFault(StripeFaultKind.UNREACHABLE, "x")
+    till.fault = NodeFault(NodeReason.BILLING_UNAVAILABLE, detail="away")
     terms = {"terms": "postpaid", "trust_limit_cents": 100}
     assert (await shop.rule("PATCH", f"/accounts/{account.id}", terms)).status == 503
     assert (await shop.rule("GET", f"/accounts/{account.id}")).json["terms"] == "prepaid"
     till.fault = None
     assert (await shop.rule("PATCH", f"/accounts/{account.id}", terms)).json["terms"] == "postpaid"
-    assert till.asked == [("subscribe", account.id)]
+    assert till.asked == [("subscribe", account.id, Postpaid(Pico(10**12)))]
+    early = await shop.rule("POST", "/accounts", {"trust": "second", **terms})
+    assert (early.status, early.param) == (409, "terms")
