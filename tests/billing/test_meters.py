@@ -47,6 +47,19 @@ async def test_usage_is_sealed_once_a_minute_and_reported_exactly(desk: Desk) ->
     assert all(report.at <= desk.clock.now() for report in reports)
 
 
+async def test_two_reports_never_share_a_minute(desk: Desk) -> None:
+    """Usage of the minute that was reported already is reported in the next: what Stripe counts there is this report."""
+    await desk.subscribed()
+    desk.clock.advance(60 - desk.clock.now() % 60 + 5)
+    await use(desk)
+    desk.clock.advance(50)
+    await desk.spend("acct_1", CENT)
+    desk.clock.advance(20)
+    await meters(desk).seal()
+    first, second = [read_report(task).at for task in await desk.tasks("meter")]
+    assert (second // 60 - first // 60, second <= desk.clock.now()) == (1, True)
+
+
 @pytest.mark.parametrize("lost", [Mishap.LOSE_ANSWER, Mishap.GARBAGE, Mishap.BROKEN_AFTER, Mishap.BROKEN])
 @pytest.mark.parametrize("pause", [60, HOUR, 21 * HOUR, 30 * HOUR])
 async def test_k12_lost_answers_are_counted_once_also_after_identifiers_are_forgotten(

@@ -154,3 +154,4 @@ async def test_two_nodes_that_both_lead_charge_once(desk: Desk) -> None:
     await asyncio.gather(desk.billing.recharger.work(), other.work(), desk.billing.recharger.work())
     await work(desk)
     assert (paid(desk), (await desk.credit("acct_1")).balance) == (1_000, 11 * DOLLAR)
+    assert [seen.path for seen in desk.peer.seen if seen.method == "POST"].count("/v1/payment_intents") == 1
