@@ -19,10 +19,12 @@ from channels.model import AcceptVoucher, Voucher
 from channels.signature import address_of
 from channels.wire.challenge import ChallengeMac
 from mppnode.config.schema import Config
-from mppnode.customers import Customers, build_customers, customer_routes, operator_app
+from mppnode.customers import Customers, build_customers, customer_surfaces
 from mppnode.engine.chat import ChatEngine
 from mppnode.engine.prober import Prober
 from mppnode.engine.stream import StreamLimits
+from mppnode.http.admin import admin_app
+from mppnode.http.billing_routes import BillingPort
 from mppnode.http.keyed import KeyedChat
 from mppnode.http.middleware import fault_boundary, stamp
 from mppnode.kernel.requests import ChatLimits
@@ -33,6 +35,7 @@ from mppnode.ledger.life import Life, Lost, Sweeper
 from mppnode.ledger.spool import Spool
 from mppnode.observe.logs import Level
 from mppnode.parts import Treasury, World, account_policy, build_treasury, escrows_of, open_chain, open_ledger
+from mppnode.paying import Paying, build_paying
 from mppnode.providers.transport import Transport, TransportLimits
 from mppnode.rails.live import LiveChannels
 from mppnode.rails.presented import Seller
@@ -63,6 +66,7 @@ class Node:
         self.treasury: Treasury | None = None
         self.rail: SessionRail | None = None
         self.customers: Customers | None = None
+        self.paying: Paying | None = None
         self.sales: Sales | None = None
         self.url = ""
         self.admin_url = ""
@@ -119,6 +123,7 @@ class Node:
         )
         self.customers = customers
         recovered += await customers.sweeper.sweep()
+        self.paying = paying = await build_paying(config, world, customers, ledger=ledger, life=life, exits=self._exit)
         engine = self._build_engine()
         self._engine = engine
         await money.closer.resume()
@@ -129,7 +134,9 @@ class Node:
         self._daemon(money.treasurer.keep(), "treasury")
         self._daemon(money.daily.keep(asyncio.sleep), "reconcile")
         world.probe("listen.before")
-        await self._listen(engine, rail, books, customers)
+        for name, loop in paying.daemons(asyncio.sleep):
+            self._daemon(loop, name)
+        await self._listen(engine, rail, books, customers, paying.port)
         self._log("node.started", url=self.url, chain=config.chain.chain_id, recovered=recovered)
         world.probe("listen.after")
 
@@ -210,7 +217,9 @@ class Node:
             probe=self._world.probe,
         )
 
-    async def _listen(self, engine: ChatEngine, rail: SessionRail, books: Books, customers: Customers) -> None:
+    async def _listen(
+        self, engine: ChatEngine, rail: SessionRail, books: Books, customers: Customers, billing: BillingPort | None
+    ) -> None:
         config = self._config
         boundary = fault_boundary(self._log, self._world.entropy)
         app = web.Application(middlewares=[boundary], client_max_size=config.limits.body_bytes_max)
@@ -235,9 +244,20 @@ class Node:
                 limits=chat_limits,
             )
             app.add_routes(made.routes())
-        app.add_routes(customer_routes(config, self._world, customers, None))
+        for theirs in customer_surfaces(config, self._world, customers, billing):
+            app.add_routes(theirs.routes())
         if config.admin is not None:
-            operator = operator_app(config, config.admin, self._world, customers, None)
+            operator = admin_app(
+                token=config.admin.token,
+                keyring=customers.keyring,
+                accounts=customers.accounts,
+                books=customers.books,
+                clock=self._world.clock,
+                log=self._log,
+                entropy=self._world.entropy,
+                billing=billing,
+                private_alerts=config.accounts.private_alert_urls,
+            )
             _, self.admin_url = await self._serve(operator, config.admin.host, config.admin.port)
         self._runner, self.url = await self._serve(app, config.node.host, config.node.port)
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 import contextlib
 from dataclasses import dataclass
 
-from aiohttp.web import Application, RouteDef
-
 from channels.model import NodeId
 from channels.units import PICO_PER_UNIT
 from mppnode.accounts.access import TrustRule
 from mppnode.accounts.directory import Directory, Tokens
 from mppnode.accounts.keyring import Accounts, Keyring
 from mppnode.accounts.notices import notices
-from mppnode.config.accounts import AdminConfig, JwtConfig
+from mppnode.config.accounts import JwtConfig
 from mppnode.config.schema import Config
 from mppnode.engine.record import Idempotence
 from mppnode.http.account_routes import AccountSurface
-from mppnode.http.admin import admin_app
 from mppnode.http.billing_routes import BillingPort, BillingSurface
 from mppnode.http.usage_routes import UsageSurface
 from mppnode.kernel.tasks import TaskOwner
@@ -86,36 +83,21 @@ async def build_customers(
     )
 
 
-def customer_routes(config: Config, world: World, customers: Customers, billing: BillingPort | None) -> list[RouteDef]:
+def customer_surfaces(
+    config: Config, world: World, customers: Customers, billing: BillingPort | None
+) -> tuple[AccountSurface, UsageSurface, BillingSurface]:
     """The routes on which customers manage what is theirs."""
-    private, directory, books = config.accounts.private_alert_urls, customers.directory, customers.books
+    directory, books = customers.directory, customers.books
     account = AccountSurface(
         directory=directory,
         keyring=customers.keyring,
         accounts=customers.accounts,
         books=books,
         clock=world.clock,
-        private_alerts=private,
-    )
-    usage, paying = UsageSurface(directory=directory, books=books), BillingSurface(directory=directory, billing=billing)
-    return [*account.routes(), *usage.routes(), *paying.routes()]
-
-
-def operator_app(
-    config: Config, admin: AdminConfig, world: World, customers: Customers, billing: BillingPort | None
-) -> Application:
-    """What answers on the operator's own port."""
-    return admin_app(
-        token=admin.token,
-        keyring=customers.keyring,
-        accounts=customers.accounts,
-        books=customers.books,
-        clock=world.clock,
-        log=world.log,
-        entropy=world.entropy,
-        billing=billing,
         private_alerts=config.accounts.private_alert_urls,
     )
+    usage = UsageSurface(directory=directory, books=books)
+    return account, usage, BillingSurface(directory=directory, billing=billing)
 
 
 async def _tokens(jwt: JwtConfig, world: World, owner: TaskOwner, exits: contextlib.AsyncExitStack) -> Tokens:

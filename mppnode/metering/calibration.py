@@ -39,7 +39,8 @@ class Calibration:
         """Take note of a complete response whose report was believed and hid nothing of what it counted."""
         if tokens < _TOKENS_MIN:
             return
-        observed = -(-text_bytes * 1000 // tokens)  # up: rounded down, this very answer would be estimated a token longer
+        # Up: rounded down, this very answer would be estimated a token longer than it was.
+        observed = -(-text_bytes * 1000 // tokens)
         if not _RATIO_MIN <= observed <= _RATIO_MAX:
             return
         seen = self._seen.setdefault((provider, model), _Seen(0, observed))

@@ -20,6 +20,7 @@ from channels.credit import (
     CreditReason,
     Hold,
     Settle,
+    Spending,
     Window,
     plan,
 )
@@ -193,13 +194,14 @@ class CreditRail:
         admission, limits = tab.admission, _limits(tab.admission.key)
         pace = None
         if tab.taken is not None and found is not None:
-            before = _pace_of(found.paces.get(admission.key_id))
+            known = _pace_of(found.paces.get(admission.key_id))
             used = facts.usage.prompt + facts.usage.completion
-            pace = _pace_row(settle(before, limits, tab.taken, used, UnixMicros(at * 1000)))
+            pace = _pace_row(settle(known, limits, tab.taken, used, UnixMicros(at * 1000)))
         made = plan(found, Settle(tab.hold, total, pace), now=UnixSeconds(at // 1000))
         assert found is not None
         row = _row(admission, facts, made, at)
-        tasks = self._notices(found, made.account, account=admission.account, key=admission.key, now=at)
+        before = _without(found, tab.hold)
+        tasks = self._notices(before, made.account, account=admission.account, key=admission.key, now=at)
         return made, [row, *tasks]
 
     def begun(self, tab: CreditTab, end: Callable[[], Coroutine[Any, Any, None]]) -> None:
@@ -253,6 +255,20 @@ def _same_routing(before: tuple[Routing, ...], after: tuple[Routing, ...]) -> bo
     return [[getattr(who, name) for name in names] for who in before] == [
         [getattr(who, name) for name in names] for who in after
     ]
+
+
+def _without(account: CreditAccount, name: HoldId) -> CreditAccount:
+    """The account as if a live request had not been charged yet.
+
+    What a request has moved it has moved by the end, and only then somebody is told: a limit that was passed in the
+    middle of a stream would otherwise have been passed by nobody.
+    """
+    hold = account.holds.get(name)
+    if hold is None or not hold.consumed:
+        return account
+    spent = account.spending.get(hold.key, Spending())
+    spending = {**account.spending, hold.key: spent.plus(-hold.consumed, account.charged_at)}
+    return replace(account, owed=account.owed - hold.consumed, spending=spending)
 
 
 # --------------------------------------------------------------------------------------------------------- rate limits
