@@ -18,7 +18,9 @@ from aiohttp import web
 from channels.descriptor import RESERVE_ADDRESS, Escrow, SessionProtocol
 from channels.ids import Address, parse_address, to_hex
 from channels.signature import address_of
-from channels.units import Pico, Units, format_decimal
+from channels.units import Pico, Units, format_decimal, units_floor
+from mppnode.accounts.forms import Gift, KeyForm, Opening
+from mppnode.accounts.model import AccountKind, Prepaid
 from mppnode.app import Node
 from mppnode.chain.devchain import DevChain
 from mppnode.cli.devchain_server import start_devchain
@@ -45,6 +47,7 @@ CHAIN_ID: Final = 1337
 PATH_USD: Final = parse_address("0x20c0000000000000000000000000000000000000", field="token")
 V1_ESCROW: Final = parse_address("0xe1c4d3dce17bc111181ddf716f75bae49e61a336", field="escrow")
 FUNDS: Final = Units(100_000_000)
+_CREDIT: Final = Pico(10 * 10**12)  # ten dollars
 MODELS: Final = (
     "dev/story",
     "dev/echo",
@@ -211,7 +214,16 @@ class Devnet:
         """Where to send chat requests."""
         return f"{self.node.url}/v1/chat/completions"
 
-    def describe(self) -> str:
+    async def new_customer(self) -> str:
+        """Open an account with ten dollars of credit; returns the text of its key."""
+        customers = self.node.customers
+        assert customers is not None
+        account = await customers.accounts.create(Opening("developer", AccountKind.USER, None, Prepaid()))
+        await customers.accounts.grant(account.id, Gift(_CREDIT, "development"))
+        made = await customers.keyring.create(account.id, KeyForm({"name": "devnet"}))
+        return made.secret.text
+
+    def describe(self, api_key: str) -> str:
         """What a person needs to use this network."""
         lines = (
             "mppnode development network - NOT REAL MONEY, keys are thrown away",
@@ -232,6 +244,12 @@ class Devnet:
             "",
             f"  MPPNODE_PAYER_KEY={to_hex(self.payer_key)} \\",
             f"    mppnode pay {self.chat_url} --rpc {self.chain_url} --chain {CHAIN_ID} --model dev/story 'hello'",
+            "",
+            f"Or with an API key, which has {format_decimal(units_floor(_CREDIT))} USD of credit:",
+            "",
+            f"  curl -N {self.chat_url} -H 'content-type: application/json' \\",
+            f"    -H 'authorization: Bearer {api_key}' \\",
+            '    -d \'{"model": "dev/story", "messages": [{"role": "user", "content": "hello"}]}\'',
             "",
             "Ctrl-C stops everything.",
         )

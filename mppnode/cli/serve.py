@@ -121,7 +121,7 @@ async def run_devnet(*, port: int, tokens_per_second: float) -> int:
     options = DevnetOptions(node_port=port, tokens_per_second=tokens_per_second)
     log = make_log(clock=SystemClock(), level=Level.INFO, as_json=False)
     async with Devnet(options, log=log) as net:
-        print(net.describe(), flush=True)
+        print(net.describe(await net.new_customer()), flush=True)
         await stop.wait()
     return 0
 

@@ -65,6 +65,20 @@ async def test_an_unpaid_request_is_told_the_price(said: tuple[asyncio.subproces
         assert "USD per million tokens" in answer.headers["WWW-Authenticate"]
 
 
+async def test_the_api_key_it_prints_buys_an_answer(said: tuple[asyncio.subprocess.Process, str]) -> None:
+    """The second `curl` it prints streams, and the key's account has paid for it."""
+    _, text = said
+    url, bearer = re.search(r"curl -N (\S+)", text), re.search(r"authorization: (Bearer sk-mpp-\S+)'", text)
+    assert url is not None
+    assert bearer is not None
+    headers, body = {"Authorization": bearer[1]}, {"model": "dev/story", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 20}
+    async with aiohttp.ClientSession(headers=headers) as http:
+        async with http.post(url[1], json=body) as answer:
+            assert (answer.status, (await answer.text()).rstrip()[-6:]) == (200, "[DONE]")
+        async with http.get(url[1].replace("chat/completions", "credits")) as answer:
+            assert 0 < 10**13 - int((await answer.json())["balance"]["pico_usd"]) < 10**9
+
+
 async def test_pay_without_a_key_says_which_variable() -> None:
     """A missing or broken key is one clear line, and nothing is sent."""
     pay = await asyncio.create_subprocess_exec(

@@ -280,6 +280,22 @@ async def _nobody() -> frozenset[str]:
     return frozenset()
 
 
+async def test_k11_what_a_caller_makes_up_reaches_no_log_and_no_record(world: World) -> None:
+    """K11: users, metadata, model names and header values of a stranger's choice are in no log line and in no row."""
+    customer, made_up = await new_customer(world), [f"invented-{number}" for number in range(50)]
+    for name in made_up:
+        unknown = await customer.send(chat(f"dev/{name}", user=name, metadata={"a": name}), headers={"X-Request-Id": name})
+        assert unknown.status == 404
+        served = await customer.send(
+            chat(stream=False, user=name, metadata={name: name}), headers={"X-Request-Id": name, "Idempotency-Key": name}
+        )
+        assert served.status == 200
+        assert served.headers["X-Request-Id"] != name
+    await agree(customer)
+    told = repr(world.log.lines) + repr(await customer.requests()) + repr(await customer.credit())
+    assert not [name for name in made_up if name in told]
+
+
 # --------------------------------------------------------------------------------------------------- Idempotency-Key
 
 KEY = {"Idempotency-Key": "order-17"}
