@@ -269,7 +269,7 @@ async def test_a_crashed_stream_is_charged_what_was_recorded(world: World, monke
         customers = customers_of(world)
         monkeypatch.setattr(customers.sweeper._ledger, "living", _nobody)
         assert await customers.sweeper.sweep() == 1
-        await gate.release(400)
+        await gate.release(1_000)
         await stream.rest()
     assert await agree(customer) == consumed
     (row,) = await customer.requests()

@@ -81,7 +81,7 @@ async def refusals(net: Devnet, opened: Wire, used: Wire) -> list[Refused]:
 
     return [
         Refused(Reason.PAYMENT_REQUIRED, None, REQUEST),
-        Refused(Reason.PAYMENT_REQUIRED, "Bearer sk-not-a-payment", REQUEST),
+        Refused(Reason.PAYMENT_REQUIRED, "Basic bm90LWEtcGF5bWVudA==", REQUEST),
         Refused(Reason.MALFORMED_CREDENTIAL, "Payment !!!", REQUEST),
         Refused(Reason.INVALID_CHALLENGE, answer_with(replace(challenge, id="0" + challenge.id[1:]), good), REQUEST),
         Refused(Reason.INVALID_PAYLOAD, answered({}), REQUEST),
