@@ -35,7 +35,7 @@ from mppnode.ledger import credit_lists, credit_talk
 from mppnode.ledger.base import Ledger
 from mppnode.ledger.credit_rows import AccountRow, KeyRow, RequestRow, Task
 from mppnode.ledger.credit_talk import Booked, Reaction, Step
-from mppnode.ledger.life import SWEEP_S, Life
+from mppnode.ledger.life import Life, keep_sweeping
 from mppnode.ledger.talk import Talk, Till
 
 R = TypeVar("R")
@@ -164,12 +164,7 @@ class CreditSweeper:
 
     async def keep(self, sleep: Callable[[float], Awaitable[None]], on_error: Callable[[ChannelFault], None]) -> None:
         """Sweep until cancelled; a ledger that is away for a moment is tried again."""
-        while True:
-            await sleep(SWEEP_S)
-            try:
-                await self.sweep()
-            except ChannelFault as fault:
-                on_error(fault)
+        await keep_sweeping(self.sweep, sleep, on_error)
 
     async def sweep(self) -> int:
         """Release what is orphaned; returns how many holds. Raises ``STORE_UNAVAILABLE``.

@@ -96,6 +96,20 @@ class Life:
             return  # the lease runs out by itself
 
 
+async def keep_sweeping(
+    sweep: Callable[[], Awaitable[object]],
+    sleep: Callable[[float], Awaitable[None]],
+    on_error: Callable[[ChannelFault], None],
+) -> None:
+    """Sweep every :data:`SWEEP_S` until cancelled, and go on after the ledger was away."""
+    while True:
+        await sleep(SWEEP_S)
+        try:
+            await sweep()
+        except ChannelFault as fault:
+            on_error(fault)
+
+
 class Sweeper:
     """Releases holds whose owner has ended, and our own that no request of this process knows."""
 
@@ -108,12 +122,7 @@ class Sweeper:
 
     async def keep(self, sleep: Callable[[float], Awaitable[None]], on_error: Callable[[ChannelFault], None]) -> None:
         """Sweep until cancelled; a ledger that is away for a moment is tried again."""
-        while True:
-            await sleep(SWEEP_S)
-            try:
-                await self.sweep()
-            except ChannelFault as fault:
-                on_error(fault)
+        await keep_sweeping(self.sweep, sleep, on_error)
 
     async def sweep(self) -> int:
         """Release what is orphaned; returns how many holds. Raises ``STORE_UNAVAILABLE``.

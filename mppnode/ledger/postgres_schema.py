@@ -9,7 +9,9 @@ from mppnode.config.secrets import Secret
 from mppnode.ledger.base import LedgerError
 from mppnode.ledger.postgres_link import TROUBLE, Connection, connect, describe
 
-SCHEMA: Final = 2
+_SCRIPTS: Final = (("postgres_001",), ("accounts", "postgres_002"))
+"""What brings a database to schema 1, 2, ..."""
+SCHEMA: Final = len(_SCRIPTS)
 _LOCK: Final = 0x6D70_706E  # "mppn": nodes that start together migrate one after the other
 _STALE: Final = "DELETE FROM lane WHERE at < now() - interval '1 day'"  # of nodes that did not get to say goodbye
 
@@ -40,8 +42,9 @@ async def _migrate(connection: Connection) -> None:
         if found > SCHEMA:
             raise LedgerError(f"the database's schema {found} is newer than this program's ({SCHEMA})")
         for version in range(found + 1, SCHEMA + 1):
-            script = resources.files("mppnode.ledger").joinpath(f"sql/postgres_{version:03}.sql").read_text()
-            await connection.execute(script)
+            for name in _SCRIPTS[version - 1]:
+                script = resources.files("mppnode.ledger").joinpath(f"sql/{name}.sql").read_text()
+                await connection.execute(script)
         if found < SCHEMA:
             await connection.execute(
                 "INSERT INTO meta (name, value) VALUES ('schema', $1)"

@@ -14,7 +14,9 @@ from typing import Final, Self
 
 from mppnode.ledger.base import LedgerError
 
-SCHEMA: Final = 3
+_SCRIPTS: Final = ("sqlite_001", "sqlite_002", "accounts")
+"""What brings a file to schema 1, 2, ..."""
+SCHEMA: Final = len(_SCRIPTS)
 _LOOK_S: Final = 0.0005
 BUSY_S: Final = 2  # a backup may hold the file this long; the instance lock keeps other nodes away
 
@@ -122,7 +124,7 @@ def _migrate(connection: sqlite3.Connection) -> None:
         if found > SCHEMA:
             raise LedgerError(f"the database's schema {found} is newer than this program's ({SCHEMA})")
         for version in range(found + 1, SCHEMA + 1):
-            script = resources.files("mppnode.ledger").joinpath(f"sql/sqlite_{version:03}.sql").read_text()
+            script = resources.files("mppnode.ledger").joinpath(f"sql/{_SCRIPTS[version - 1]}.sql").read_text()
             for statement in _statements(script):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {version:d}")

@@ -28,7 +28,7 @@ from mppnode.ledger.credits import Credits
 from mppnode.ledger.talk import on_sqlite
 from tests.http.accounts.office import Office
 
-SCHEMA = Path(__file__).resolve().parents[3] / "mppnode/ledger/sql/sqlite_003.sql"
+SCHEMA = Path(__file__).resolve().parents[3] / "mppnode/ledger/sql/accounts.sql"
 
 
 class Drawer:

@@ -1,5 +1,5 @@
--- Accounts, API keys, credits, usage. Amounts are pico-dollars in 64 bits: the machine keeps them below 4 million dollars
--- (channels/credit.py). The same tables as PostgreSQL's schema 2; every statement on them is written once (talk.py).
+-- Accounts, API keys, credits, usage: SQLite's schema 3 and PostgreSQL's schema 2. Amounts are pico-dollars in 64 bits: the
+-- machine keeps them below 4 million dollars (channels/credit.py). Every statement on these tables is written once (talk.py).
 CREATE TABLE account (
   id         TEXT PRIMARY KEY,
   trust      TEXT NOT NULL UNIQUE,      -- the name X-Trust and tokens call it by
