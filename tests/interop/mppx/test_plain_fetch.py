@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from channels.instants import UnixMillis
+from channels.model import Account
 from channels.units import Units
 from channels.wire.receipt import SessionReceipt
 from channels.wire.receipt import decode as decode_receipt
@@ -33,6 +34,11 @@ pytestmark = pytest.mark.interop
 def timeless(receipt: SessionReceipt) -> SessionReceipt:
     """A receipt without the moment it was written."""
     return replace(receipt, timestamp_ms=UnixMillis(0))
+
+
+def of_payments(account: Account) -> Account:
+    """An account without what the chain's watcher writes into it whenever a block comes."""
+    return replace(account, version=0, chain=replace(account.chain, block=0))
 
 
 def data_of(text: str) -> list[str]:
@@ -97,7 +103,7 @@ async def test_same_voucher_twice(payer: ReferenceClient) -> None:
         assert (first.status, second.status) == (204, 204)
         assert timeless(first.receipt) == timeless(second.receipt)
         assert first.receipt.accepted == 4_000 == after.accepted
-        assert between == after
+        assert of_payments(between) == of_payments(after)
         assert (after.spent, after.owed_pico) == (before.spent, before.owed_pico)
         assert net.provider.requests == 1
         await close(net, opened)
