@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from channels.account import plan
@@ -34,6 +35,11 @@ V1 = Escrow(SessionProtocol.V1, 1337, Address(b"\xe1" * 20))
 CHANNEL = ChannelId(b"\xc1" * 32)
 TX = Hash32(b"\x7a" * 32)
 POLICY = Policy()
+
+
+def unwatched(account: Account) -> Account:
+    """An account without what the chain's watcher writes into it whenever a block comes: payments alone change the rest."""
+    return replace(account, version=0, chain=replace(account.chain, block=0))
 
 
 def descriptor(seed: int = 1) -> Descriptor:

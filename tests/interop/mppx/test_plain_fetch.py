@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 
 from channels.instants import UnixMillis
-from channels.model import Account
 from channels.units import Units
 from channels.wire.receipt import SessionReceipt
 from channels.wire.receipt import decode as decode_receipt
@@ -27,6 +26,7 @@ from tests.interop.mppx.rig import (
     units_of,
     voucher_payload,
 )
+from tests.support.builders import unwatched
 
 pytestmark = pytest.mark.interop
 
@@ -34,11 +34,6 @@ pytestmark = pytest.mark.interop
 def timeless(receipt: SessionReceipt) -> SessionReceipt:
     """A receipt without the moment it was written."""
     return replace(receipt, timestamp_ms=UnixMillis(0))
-
-
-def of_payments(account: Account) -> Account:
-    """An account without what the chain's watcher writes into it whenever a block comes."""
-    return replace(account, version=0, chain=replace(account.chain, block=0))
 
 
 def data_of(text: str) -> list[str]:
@@ -103,7 +98,7 @@ async def test_same_voucher_twice(payer: ReferenceClient) -> None:
         assert (first.status, second.status) == (204, 204)
         assert timeless(first.receipt) == timeless(second.receipt)
         assert first.receipt.accepted == 4_000 == after.accepted
-        assert of_payments(between) == of_payments(after)
+        assert unwatched(between) == unwatched(after)
         assert (after.spent, after.owed_pico) == (before.spent, before.owed_pico)
         assert net.provider.requests == 1
         await close(net, opened)
@@ -201,7 +196,7 @@ async def test_challenge_edited_by_one_character(payer: ReferenceClient) -> None
                     refused = await post(net.chat_url, answer_with(edited, voucher), body)
                     assert refused.status == 402, (name, at)
                     assert refused.code in ("invalid_challenge", "malformed_credential"), (name, at)
-                    assert await only_account(net.node.books) == before, (name, at)
+                    assert unwatched(await only_account(net.node.books)) == unwatched(before), (name, at)
         assert net.provider.requests == served
         honest = await post(net.chat_url, answer_with(challenge, voucher), chat(30))
         assert honest.status == 200
