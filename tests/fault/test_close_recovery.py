@@ -27,6 +27,7 @@ from mppnode.cli.devnet import FUNDS, PATH_USD, Devnet, DevnetOptions
 from mppnode.config.schema import LimitsConfig
 from mppnode.payer.client import PayingClient, PaymentGivenUp
 from mppnode.treasury.settler import SettlerLimits
+from tests.support.builders import unwatched
 
 
 @pytest.fixture
