@@ -122,6 +122,7 @@ class Node:
             config, world, ledger=ledger, life=life, owner=self._owner, exits=self._exit
         )
         self.customers = customers
+        self._exit.push_async_callback(customers.idempotence.catch_up)  # before our claims are a dead node's
         recovered += await customers.sweeper.sweep()
         self.paying = paying = await build_paying(config, world, customers, ledger=ledger, life=life, exits=self._exit)
         engine = self._build_engine()

@@ -78,7 +78,7 @@ async def build_customers(
         keyring=Keyring(books, clock=clock, entropy=world.entropy),
         accounts=Accounts(books, clock=clock, entropy=world.entropy),
         rail=rail,
-        idempotence=Idempotence(books, clock=clock, node=node),
+        idempotence=Idempotence(books, clock=clock, node=node, owner=owner),
         sweeper=sweeper,
     )
 

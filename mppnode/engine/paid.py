@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import orjson
@@ -39,6 +39,7 @@ class PaidChat:
         "__weakref__",
         "_engine",
         "_settled",
+        "_settling",
         "_stream",
         "_superseded",
         "_waiting",
@@ -85,6 +86,7 @@ class PaidChat:
         self.upstream: UpstreamResponse | None = None
         self._engine = engine
         self._stream: PaidStream | None = None
+        self._settling = False
         self._superseded = False
         self._waiting: asyncio.Task[Any] | None = None
         self.releasing: asyncio.Task[None] | None = None
@@ -197,6 +199,7 @@ class PaidChat:
     async def settle(self, total: Pico, ending: Ending) -> None:
         """Charge the final total, once."""
         self.cost = total
+        self._settling = True
         try:
             await self._engine.ended(self, total, ending)
         finally:
@@ -204,6 +207,17 @@ class PaidChat:
                 self._settled.set_result(None)
             if self.record is not None:
                 await self.record.drop()
+
+    async def _owing(self, work: Coroutine[Any, Any, T]) -> T:
+        """Do what ends with the bill; whatever goes wrong before it, nothing stays held for a request that is over."""
+        try:
+            return await work
+        except Exception:  # a bug of ours; cut off by the node's stop, what is held is released with its life
+            if not self._settling:
+                delivered = Pico(0) if self._stream is None else self._stream.final_total(Ending.UPSTREAM_FAILED)
+                total = Pico(min(delivered, self.tab.cap_pico))
+                self._engine.owner.spawn(self.settle(total, Ending.UPSTREAM_FAILED), name="release hold")
+            raise
 
     # --------------------------------------------------------------------------------------------------- streaming
 
@@ -236,7 +250,7 @@ class PaidChat:
         answer.early = ()
         if self._superseded:
             self._stream.supersede()
-        task = self._engine.owner.start(self._deliver(self._stream, sink, answer, tally), name="stream")
+        task = self._engine.owner.start(self._owing(self._deliver(self._stream, sink, answer, tally)), name="stream")
         try:
             await asyncio.wait({task})
         except asyncio.CancelledError:
@@ -305,7 +319,7 @@ class PaidChat:
         assert tally is not None
         completion = answer.completion
         # From here on nobody interrupts: cancelled while the charge commits, it would be billed and not delivered.
-        settling = self._engine.owner.start(self._charge(answer, completion, tally), name="charge")
+        settling = self._engine.owner.start(self._owing(self._charge(answer, completion, tally)), name="charge")
         await asyncio.wait({settling})
         return settling.result()
 

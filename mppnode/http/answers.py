@@ -79,5 +79,8 @@ async def streamed(request: web.Request, run: PaidChat, headers: Mapping[str, st
     except (ChannelFault, NodeFault):
         # The status line has gone: an error answer now would be read as part of the stream. Break it off instead.
         sink.abort()
+    except Exception:
+        sink.abort()  # the boundary's 500 would be read as part of the stream, or waited behind for ever
+        raise
     await sink.close()
     return response

@@ -7,7 +7,7 @@ from typing import Final
 
 from aiohttp import web
 
-from channels.faults import ChannelFault
+from channels.faults import ChannelFault, Reason
 from channels.wire.headers import payment_credentials
 from mppnode.accounts.directory import Admission, Directory
 from mppnode.engine.chat import ChatEngine
@@ -84,6 +84,8 @@ class KeyedChat:
             more = {**disclosure.of_fault(fault), **_challenge(fault)}
             return _refused(STATUS[fault.reason], error_body(fault), {**retry_headers(fault), **more})
         except ChannelFault as fault:  # the ledger is away: an outage is never told as an unknown key or as no credit
+            if fault.reason is Reason.HOLD_FENCED:  # by the end of this process's life in the ledger, not by the caller
+                fault = ChannelFault(Reason.STORE_UNAVAILABLE, detail="the node had to give this request up; ask again")
             return _refused(STATUS[fault.reason], openai_error_body(fault), retry_headers(fault))
 
     async def _serve(self, request: web.Request, body: bytes, bearer: str) -> web.StreamResponse:
@@ -97,6 +99,8 @@ class KeyedChat:
         if name is not None:
             record = await self._idempotence.begin(f"account:{admission.account.id}", name, asked_of(request, body))
         if isinstance(record, Kept):
+            # Nothing is reserved for it, so nothing else would notice that its bearer has been shut out meanwhile.
+            await self._directory.admit(bearer, request.headers.getall(TRUST, []), fresh=True)
             return replayed(record, record.body, _OPEN)
         purchase = self._rail.purchase(admission)
         run = await self._engine.start(purchase, chat, route, request_id=request[REQUEST_ID], record=record)

@@ -17,13 +17,13 @@ from mppnode.ledger.talk import Talk
 KEPT_MS: Final = 24 * 3_600_000
 """How long an answer is kept: as long as Stripe keeps its own."""
 _INSERT: Final = (
-    "INSERT INTO idempotency (scope, name, body, owner, answer, at_ms) VALUES (?, ?, ?, ?, '', ?)"
+    "INSERT INTO idempotency (scope, name, body, owner, answer, at_ms) VALUES (?, ?, ?, ?, ?, ?)"
     " ON CONFLICT DO NOTHING RETURNING 1"
 )
 _FIND: Final = "SELECT body, owner, answer, at_ms FROM idempotency WHERE scope = ? AND name = ? FOR UPDATE"
-_STORE: Final = (
-    "UPDATE idempotency SET owner = '', answer = ?, at_ms = ? WHERE scope = ? AND name = ? AND owner = ? RETURNING 1"
-)
+_OURS: Final = " WHERE scope = ? AND name = ? AND owner = ? AND answer = ?"
+_STORE: Final = f"UPDATE idempotency SET owner = '', answer = ?, at_ms = ?{_OURS} RETURNING 1"  # noqa: S608 - our own
+_GIVE_UP: Final = f"DELETE FROM idempotency{_OURS}"  # noqa: S608 - our own
 
 _PURGE: Final = "DELETE FROM idempotency WHERE at_ms < ? AND (owner = '' OR owner NOT IN (SELECT id FROM node))"
 
@@ -46,9 +46,15 @@ class Stored:
     answer: str
 
 
-def claim(scope: str, name: str, body: str, owner: NodeId, at: UnixMillis) -> Talk[Claim | Stored]:
-    """Begin a request under its key; one whose owner has died is begun again."""
-    inserted = yield _INSERT, (scope, name, body, owner, at)
+def claim(
+    scope: str, name: str, body: str, owner: NodeId, at: UnixMillis, *, ticket: str = ""
+) -> Talk[Claim | Stored]:
+    """Begin a request under its key; one whose owner has died is begun again.
+
+    ``ticket`` tells this claim from every other of its owner, and stands where the answer will be: given up late, a
+    claim takes no later one of the same name with it.
+    """
+    inserted = yield _INSERT, (scope, name, body, owner, ticket, at)
     if inserted:
         return Claim.OURS
     rows = yield _FIND, (scope, name)
@@ -62,21 +68,21 @@ def claim(scope: str, name: str, body: str, owner: NodeId, at: UnixMillis) -> Ta
         if alive:
             return Claim.RUNNING if known == body else Claim.OTHER_BODY
     yield (
-        "UPDATE idempotency SET body = ?, owner = ?, answer = '', at_ms = ? WHERE scope = ? AND name = ?",
-        (body, owner, at, scope, name),
+        "UPDATE idempotency SET body = ?, owner = ?, answer = ?, at_ms = ? WHERE scope = ? AND name = ?",
+        (body, owner, ticket, at, scope, name),
     )
     return Claim.OURS
 
 
-def store(scope: str, name: str, owner: NodeId, answer: str, at: UnixMillis) -> Talk[bool]:
+def store(scope: str, name: str, owner: NodeId, answer: str, at: UnixMillis, *, ticket: str = "") -> Talk[bool]:
     """Keep the answer of a claimed request; False when the claim is not ours any more."""
-    done = yield _STORE, (answer, at, scope, name, owner)
+    done = yield _STORE, (answer, at, scope, name, owner, ticket)
     return bool(done)
 
 
-def give_up(scope: str, name: str, owner: NodeId) -> Talk[None]:
+def give_up(scope: str, name: str, owner: NodeId, *, ticket: str = "") -> Talk[None]:
     """Forget a claimed request that came to nothing: its repeat is a first try."""
-    yield "DELETE FROM idempotency WHERE scope = ? AND name = ? AND owner = ?", (scope, name, owner)
+    yield _GIVE_UP, (scope, name, owner, ticket)
 
 
 def purge(at: UnixMillis) -> Talk[None]:

@@ -237,7 +237,9 @@ class CreditPurchase:
             self.admission = await self._rail.directory.again(self.admission)
             if not _same_routing(before.preferences, self.admission.access.preferences):
                 break
-        raise NodeFault(NodeReason.CONFLICT, detail="the settings of the account are being changed; ask again")
+        raise NodeFault(
+            NodeReason.CONFLICT, detail="the settings of the account are being changed; ask again", retry_after_s=1
+        )
 
     def on_supersede(self, tab: Tab, end: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """See :meth:`Purchase.on_supersede`: nothing takes the place of a key's request but the end of this process."""
