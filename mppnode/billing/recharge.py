@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Final
 
 import orjson
 
-from channels.credit import CreditAccount, CreditFault
-from channels.instants import UnixMillis
+from channels.credit import CreditAccount, CreditFault, FundsKind, MoveFunds, plan
+from channels.instants import UnixMillis, UnixSeconds
 from channels.payment import PICO_PER_CENT, PaymentRecord
 from mppnode.accounts.documents import read_account
 from mppnode.accounts.model import Account, Prepaid, Recharge
@@ -91,7 +91,7 @@ class Recharger:
         return ordered
 
     async def _one(self, task: Task) -> None:
-        claimed = await self._books.write(
+        claimed, wanted = await self._books.write(
             partial(_claim, task, self._books.clock.now_millis()), of=task.account
         )
         if claimed is None:
@@ -100,16 +100,12 @@ class Recharger:
         try:
             if order.payment is not None:
                 await self._settle(claimed, order, await self._stripe.payment(order.payment))
-            elif self._books.clock.now_millis() - order.began_ms >= KEY_FORGOTTEN_MS:
+            elif not wanted or self._books.clock.now_millis() - order.began_ms >= KEY_FORGOTTEN_MS:
                 await self._find(claimed, order)
             else:
                 await self._charge(claimed, order)
         except StripeFault as fault:
             await self._failed(claimed, order, fault)
-        except CreditFault as fault:
-            # Money came that the account cannot hold: only an operator can give it back.
-            self._log("recharge.unbooked", level=Level.ERROR, task=task.id, reason=fault.reason.value)
-            await self._park(claimed, order, fault.reason.value)
 
     async def _charge(self, task: Task, order: Order) -> None:
         charge = await self._stripe.charge(
@@ -124,7 +120,7 @@ class Recharger:
     async def _charged(self, task: Task, order: Order, charge: Charge) -> None:
         match charge.outcome.value:
             case "succeeded":
-                await self._paid(task, order, charge.payment)
+                await self._paid(task, order, charge.payment, charge.amount)
             case "processing":
                 await self._wait(task, replace(order, stage="processing", payment=charge.payment, tries=0))
             case _:
@@ -133,7 +129,7 @@ class Recharger:
     async def _settle(self, task: Task, order: Order, payment: Payment) -> None:
         """What has become of a payment that is known."""
         if payment.status == "succeeded":
-            await self._paid(task, order, payment.id)
+            await self._paid(task, order, payment.id, payment.received)
         elif payment.status in ("processing", "requires_capture"):
             await self._wait(task, replace(order, stage="processing", payment=payment.id))
         elif payment.status == "requires_action":
@@ -142,7 +138,7 @@ class Recharger:
             await self._declined(task, order, payment.status)
 
     async def _find(self, task: Task, order: Order) -> None:
-        """Look for an attempt whose key Stripe may have forgotten, among the customer's payments."""
+        """Look for an attempt among the customer's payments: Stripe may have forgotten its key, or it is not wanted."""
         since = order.began_ms // 1000 - _SKEW_S
         until = self._books.clock.now() + _SKEW_S
         listed = await self._stripe.payments(since, until, customer=order.customer)
@@ -150,7 +146,7 @@ class Recharger:
         if found:
             await self._settle(task, order, found[0])
             return
-        # Nothing was made in a day, so nothing ever will be under that key: a new attempt is a new charge.
+        # Nothing was made, and nothing will be under that key: a new attempt is a new charge, and decided anew.
         fresh = replace(order, stage="declined", attempt=order.attempt + 1, tries=0)
         await self._move(task, fresh, due_in_ms=0)
 
@@ -166,8 +162,8 @@ class Recharger:
 
     # --------------------------------------------------------------------------------------------------------- endings
 
-    async def _paid(self, task: Task, order: Order, payment: str) -> None:
-        done = replace(order, stage=_PAID, payment=payment)
+    async def _paid(self, task: Task, order: Order, payment: str, cents: int) -> None:
+        done = replace(order, stage=_PAID, payment=payment, cents=cents)
 
         def also(credit: CreditAccount, owner: Account) -> Talk[None]:
             at = self._books.clock.now_millis()
@@ -175,9 +171,16 @@ class Recharger:
             if moved:
                 yield from still_low(credit, owner, at)
 
-        record = PaymentRecord(payment, paid=order.cents)
-        await self._keeper.take_in(task.account, [record], event=None, news=Paid(), also=also)
-        self._log("recharge.paid", account=task.account, cents=order.cents, payment=payment)
+        record = PaymentRecord(payment, paid=cents)
+        try:
+            await self._keeper.take_in(task.account, [record], event=None, news=Paid(), also=also)
+        except CreditFault as fault:
+            # Money came that the account cannot hold: only an operator can give it back, or make room for it. The
+            # payment is written down, so that a retry books this one and takes no other.
+            self._log("recharge.unbooked", level=Level.ERROR, task=task.id, reason=fault.reason.value)
+            await self._park(task, done, fault.reason.value)
+            return
+        self._log("recharge.paid", account=task.account, cents=cents, payment=payment)
 
     async def _wait(self, task: Task, order: Order) -> None:
         pause = AGAIN_MS[min(order.tries, len(AGAIN_MS) - 1)]
@@ -239,21 +242,24 @@ def _written(task: Task, order: Order, state: TaskState, due_ms: int) -> Task:
     return replace(task, document=orjson.dumps(asdict(order)).decode(), state=state, due_ms=due_ms)
 
 
-def _claim(task: Task, at: UnixMillis) -> Talk[Task | None]:
-    """Decide, with the account locked, whether an order is worked on now; writes down the attempt before it is made."""
+def _claim(task: Task, at: UnixMillis) -> Talk[tuple[Task | None, bool]]:
+    """Decide, with the account locked, whether an order is worked on now; writes down the attempt before it is made.
+
+    False beside an attempt that may have been made and is not to be made any more.
+    """
     credit = yield from credit_talk.load_credit(task.account, lock=True)
     row = yield from credit_lists.find_account(By.ID, task.account)
     orders = yield from credit_lists.tasks(task.account, RECHARGE, None, _ORDERS_MAX)
     order = read_order(task)
     others = [(one.state, read_order(one)) for one in orders if one.id != task.id]
-    if order.stage in _OPEN:
-        # An attempt may have been made: whatever has changed since, its end must be found out.
-        return (yield from _claimed(task, order, at))
     owner = None if row is None else read_account(row)
     why = _why_not(credit, owner, others, at)
+    if order.stage in _OPEN or order.payment is not None:
+        # An attempt may have been made: whatever has changed since, its end must be found out.
+        return (yield from _claimed(task, order, at)), why is None
     if why is not None:
         yield from _drop(task, order, why, owner, at)
-        return None
+        return None, False
     assert owner is not None
     recharge = owner.billing.recharge
     assert recharge is not None
@@ -267,7 +273,7 @@ def _claim(task: Task, at: UnixMillis) -> Talk[Task | None]:
         customer=owner.billing.customer,
         card=owner.billing.card,
     )
-    return (yield from _claimed(task, begun, at))
+    return (yield from _claimed(task, begun, at)), True
 
 
 def _claimed(task: Task, order: Order, at: UnixMillis) -> Talk[Task | None]:
@@ -292,13 +298,25 @@ def _why_not(
     # A declined one waits for its hour: another order must not be the way around it.
     if any(state is TaskState.DUE and other.stage in (*_OPEN, "declined") for state, other in others):
         return "another"
-    return "month_cap" if _month(others, at) + recharge.amount_cents > recharge.month_cap_cents else None
+    if _month(others, at) + recharge.amount_cents > recharge.month_cap_cents:
+        return "month_cap"
+    return None if _fits(credit, recharge.amount_cents, at) else "full"
+
+
+def _fits(credit: CreditAccount, cents: int, at: UnixMillis) -> bool:
+    """Whether an account can hold so much more: what could not be booked is not to be taken."""
+    try:
+        plan(credit, MoveFunds(FundsKind.PAYMENT, "", cents * PICO_PER_CENT), now=UnixSeconds(at // 1000))
+    except CreditFault:
+        return False
+    return True
 
 
 def _month(others: Sequence[tuple[TaskState, Order]], at: UnixMillis) -> int:
     """Cents that were taken, or may have been, in the UTC month of ``at``."""
     month = month_of(at)
-    return sum(o.cents for _, o in others if o.stage in (*_OPEN, _PAID) and month_of(o.began_ms) == month)
+    taken = [order for _, order in others if order.stage in (*_OPEN, _PAID) or order.payment is not None]
+    return sum(order.cents for order in taken if month_of(order.began_ms) == month)
 
 
 def _drop(task: Task, order: Order, why: str, owner: Account | None, at: UnixMillis) -> Talk[None]:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from channels.credit import FUNDS_MAX, FundsKind, MoveFunds
 from mppnode.accounts.model import Alerts, Recharge
 from mppnode.billing.booking import Bookkeeper
 from mppnode.billing.recharge import DECLINED_MS, KEY_FORGOTTEN_MS, Recharger, read_order
@@ -155,3 +156,66 @@ async def test_two_nodes_that_both_lead_charge_once(desk: Desk) -> None:
     await work(desk)
     assert (paid(desk), (await desk.credit("acct_1")).balance) == (1_000, 11 * DOLLAR)
     assert [seen.path for seen in desk.peer.seen if seen.method == "POST"].count("/v1/payment_intents") == 1
+
+
+async def test_k8_money_an_account_cannot_hold_is_taken_once_and_booked_when_it_can(desk: Desk) -> None:
+    """A charge that does not fit the account is neither repeated by an operator's retry, days later, nor lost by it."""
+    await low(desk)
+    full = FUNDS_MAX - 10 * DOLLAR + 1 - (await desk.credit("acct_1")).funds
+    (task,) = await desk.tasks("recharge")
+    desk.peer.mishaps.extend([Mishap.LOSE_ANSWER] * 3)
+    await work(desk)  # it is charged; how it ended is not known yet
+    await desk.give("acct_1", full)
+    for _ in range(3):
+        await work(desk, HOUR)
+    (task,) = await desk.tasks("recharge")
+    assert (task.state, paid(desk)) == (TaskState.PARKED, 1_000)
+    desk.clock.advance(3 * 86_400)
+    await desk.books.apply((await desk.read("acct_1")).id, MoveFunds(FundsKind.GRANT, "back", -full))
+    await desk.books.move_task(task, replace(task, state=TaskState.DUE, due_ms=0))
+    await work(desk)
+    await work(desk, HOUR)
+    assert paid(desk) == 1_000
+    assert (await desk.credit("acct_1")).balance == 11 * DOLLAR
+
+
+async def test_k8_a_card_is_not_charged_for_an_account_that_is_full(desk: Desk) -> None:
+    """What could not be booked is not taken."""
+    await low(desk)
+    funds = (await desk.credit("acct_1")).funds
+    await desk.books.apply((await desk.read("acct_1")).id, MoveFunds(FundsKind.INVOICE, "long ago", FUNDS_MAX - funds))
+    await desk.spend("acct_1", FUNDS_MAX - funds)
+    for _ in range(3):
+        await work(desk)
+        await desk.billing.recharger.look()
+        desk.clock.advance(86_400)
+    assert paid(desk) == 0
+
+
+@pytest.mark.parametrize("how", ["off", "suspended"])
+async def test_a_card_is_not_charged_after_its_owner_has_switched_recharge_off(desk: Desk, how: str) -> None:
+    """An attempt that Stripe never got is not made again once nobody wants it; it is looked for instead."""
+    await low(desk)
+    desk.peer.mishaps.extend([Mishap.BROKEN] * 3)
+    await work(desk)
+    assert paid(desk) == 0
+    if how == "off":
+        await desk.change((await desk.read("acct_1")).id, recharge=None)
+    else:
+        await desk.billing.keeper.change((await desk.read("acct_1")).id, None, lambda found: replace(found, suspended_at=desk.clock.now()))
+    for _ in range(4):
+        await work(desk, HOUR)
+    assert paid(desk) == 0
+    (task,) = await desk.tasks("recharge")
+    assert task.state is TaskState.DONE
+
+
+async def test_an_attempt_that_was_made_is_booked_also_after_recharge_was_switched_off(desk: Desk) -> None:
+    """Money that was taken counts, whoever has changed his mind since."""
+    await low(desk)
+    desk.peer.mishaps.extend([Mishap.LOSE_ANSWER] * 3)
+    await work(desk)
+    await desk.change((await desk.read("acct_1")).id, recharge=None)
+    for _ in range(3):
+        await work(desk, HOUR)
+    assert (paid(desk), (await desk.credit("acct_1")).balance) == (1_000, 11 * DOLLAR)
