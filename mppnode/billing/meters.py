@@ -131,6 +131,10 @@ class Meters:
         if now // 1000 - report.at >= PARK_S:
             await self._park(task, report, "too_old")
             return False
+        if report.value > VALUE_MAX:
+            # Also one that an operator let be tried again: the gateway would refuse it, and the others after it wait.
+            await self._park(task, report, "too_much")
+            return False
         # On disk before anything is sent: the day in which Stripe knows the identifier is counted from here.
         begun = replace(report, first_ms=report.first_ms or now)
         claimed = _written(task, begun, TaskState.DUE, now + _HOLD_MS)

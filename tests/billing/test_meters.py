@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, replace
 from itertools import pairwise
 
+import orjson
 import pytest
 
+from channels.credit import AccountId
 from mppnode.accounts.model import BillingProfile
-from mppnode.billing.meters import Meters, read_report
+from mppnode.billing.meters import VALUE_MAX, Meters, read_report
 from mppnode.kernel.faults import NodeFault, NodeReason
 from mppnode.ledger.credit_rows import TaskState
 from tests.billing.kit import CENT, DOLLAR, HOUR, Desk
@@ -142,3 +145,17 @@ async def test_subscribing_needs_terms_and_a_card_and_happens_once(desk: Desk) -
     (made,) = desk.peer.of("subscription")
     assert (await desk.read("acct_1")).billing == BillingProfile(customer, "pm_visa", made["id"])
     assert (await desk.credit("acct_1")).overdraft == DOLLAR
+
+
+async def test_a_report_that_is_too_much_stays_parked_and_holds_nobody_up(desk: Desk) -> None:
+    """An operator's retry of a report no meter takes parks it again, and the other customers' reports go on."""
+    await desk.subscribed()
+    await desk.subscribed("acct_2")
+    await use(desk)
+    (task,) = await desk.tasks("meter")
+    huge = replace(read_report(task), value=VALUE_MAX + 1, customer=str((await desk.read("acct_2")).billing.customer))
+    document = orjson.dumps(asdict(huge)).decode()
+    await desk.books.add_task(replace(task, id="meter_huge", account=AccountId("acct_2"), document=document, created_ms=0))
+    assert await meters(desk).send() == 1
+    (parked,) = await desk.tasks("meter", "acct_2")
+    assert (parked.state, read_report(parked).why) == (TaskState.PARKED, "too_much")
