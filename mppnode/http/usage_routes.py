@@ -32,8 +32,11 @@ REQUESTS: Final = "/v1/requests"
 GROUPS_MAX: Final = 10_000  # a month of days by a few hundred keys and models; one answer, so a few megabytes
 _PARAMETERS: Final = ("since", "until", "group_by", "key", "model", "provider", "limit", "cursor", "format")
 _EXPORT_PAGE: Final = 500
-_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
-"""What a spreadsheet takes for the beginning of a formula. Source: OWASP, CSV injection."""
+_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r", "\n", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+"""What a spreadsheet takes for the beginning of a formula; the last four are the wide forms of the first.
+
+Source: OWASP, CSV injection.
+"""
 _TOKENS: Final = ("prompt_tokens", "cached_tokens", "completion_tokens", "reasoning_tokens")
 _COUNTS: Final = (*_TOKENS, "cost_usd", "cost_pico_usd")
 _REQUEST_HEAD: Final = ("time", "request", "key", "model", "provider", *_COUNTS, "ending", "duration_ms", "ttft_ms")

@@ -119,6 +119,7 @@ async def test_a_table_has_every_request_and_no_formula(desk: Office) -> None:
     assert grouped.body.startswith(b"model,requests,prompt_tokens,")
     assert b"\r\n=" not in grouped.body
     assert table([["\t=1", "\r=1", -1, None]]) == b"'\t=1,\"'\r=1\",-1,\r\n"
+    assert table([["\n=1", "\uff1d1", "\uff0b1", "\uff0d1", "\uff201"]]).decode() == '"\'\n=1",' + ",".join(f"'{sign}1" for sign in "\uff1d\uff0b\uff0d\uff20") + "\r\n"
 
 
 async def test_a_long_table_is_sent_in_pages(desk: Office) -> None:
