@@ -32,13 +32,14 @@ from mppnode.accounts.directory import Admission, new_account
 from mppnode.accounts.documents import account_row, key_row, read_account, read_key
 from mppnode.accounts.forms import AccountForm, Gift, KeyForm, Opening
 from mppnode.accounts.model import Account, ApiKey, RateLimits
+from mppnode.accounts.notices import SUSPENSION
 from mppnode.gateways.alerts import new_alert_secret
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.faults import NodeFault, NodeReason
 from mppnode.kernel.keys import NewKey, new_key
 from mppnode.ledger import credit_lists, credit_talk
 from mppnode.ledger.credit_grants import OtherAmount, grant
-from mppnode.ledger.credit_rows import AccountRow, KeyRow
+from mppnode.ledger.credit_rows import AccountRow, KeyRow, TaskState
 from mppnode.ledger.credit_talk import Exists
 from mppnode.ledger.credits import Credits
 from mppnode.ledger.talk import Talk
@@ -47,6 +48,7 @@ R = TypeVar("R")
 Who = Admission | AccountId
 """Who asks: a bearer that was admitted a moment ago, or the operator, for the account named."""
 
+_PAGE: Final = 100
 _ID_BYTES: Final = 12  # 96 random bits: nobody guesses one, and two are never the same
 _FIELDS: Final = MappingProxyType(
     {"caps": "spend_caps", "rates": "rpm", "ceiling": "max_input_price_per_million", "account": "id"}
@@ -276,9 +278,14 @@ class Accounts:
             return account_row(form.applied(read_account(row), secret=secret, now=now))
 
         overdraft = None if form.terms is None else form.terms.overdraft
-        row = await self._books.write(
-            lambda: guarded(who, lambda _: credit_talk.change_account(account, change, at, overdraft)), of=account
-        )
+
+        def changing(_: CreditAccount) -> Talk[AccountRow | None]:
+            if form.suspended is not None:
+                # An operator's word is the last one: money that comes must not end what an operator wants kept.
+                yield from _forget_billings(account, at)
+            return (yield from credit_talk.change_account(account, change, at, overdraft))
+
+        row = await self._books.write(lambda: guarded(who, changing), of=account)
         if row is None:
             raise _no_account()
         changed = read_account(row)
@@ -311,6 +318,13 @@ class Accounts:
             if fault.reason is CreditReason.NOT_FOUND:
                 raise _no_account() from None
             raise NodeFault(NodeReason.INVALID_FIELD, field="amount", detail="does not fit the account") from None
+
+
+def _forget_billings(account: AccountId, at: UnixMillis) -> Talk[None]:
+    """End every reason for which billing keeps an account suspended; whether it is so is not changed."""
+    while standing := (yield from credit_lists.tasks(account, SUSPENSION, TaskState.DUE, _PAGE)):
+        for task in standing:
+            yield from credit_lists.move_task(task, replace(task, state=TaskState.DONE, due_ms=at))
 
 
 def account_of(who: Who) -> AccountId:

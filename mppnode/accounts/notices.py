@@ -20,6 +20,8 @@ from mppnode.ledger.credit_rows import Task
 
 ALERT: Final = "alert"
 RECHARGE: Final = "recharge"
+SUSPENSION: Final = "suspension"
+"""A task of this kind stands, due and never worked on, while billing keeps an account suspended."""
 STEPS: Final = (50, 80, 100)
 """Percent of a spend cap at which its owner is told: half, while there is time, and when requests are refused."""
 _DAY_MS: Final = 86_400_000

@@ -20,7 +20,7 @@ from channels.instants import UnixMillis, UnixSeconds
 from channels.payment import PICO_PER_CENT, PaymentRecord
 from mppnode.accounts.documents import account_row, read_account
 from mppnode.accounts.model import Account, Postpaid
-from mppnode.accounts.notices import recharge_order
+from mppnode.accounts.notices import SUSPENSION, recharge_order
 from mppnode.config.accounts import TrustLimits
 from mppnode.kernel.probe import Probe, unwatched
 from mppnode.ledger import credit_lists, credit_talk
@@ -30,8 +30,6 @@ from mppnode.ledger.credit_talk import ACCOUNT_COLUMNS, Booked
 from mppnode.ledger.credits import Credits
 from mppnode.ledger.talk import Talk
 
-SUSPENSION: Final = "suspension"
-"""A task of this kind stands, due and never worked on, while billing keeps an account suspended."""
 _NEVER_MS: Final = 2**53
 _PAGE: Final = 500
 _STANDING_MAX: Final = 100  # suspensions of one account at once: one per unpaid invoice, and months pass in between

@@ -19,7 +19,7 @@ from channels.credit import AccountId, CreditFault, FundsKind
 from channels.instants import UnixMillis
 from channels.payment import DisputeState, PaymentRecord, RefundState
 from mppnode.accounts.documents import read_account
-from mppnode.accounts.model import Account, Postpaid
+from mppnode.accounts.model import Account
 from mppnode.billing.booking import Bookkeeper, Failed, Paid, changed
 from mppnode.gateways.stripe_events import (
     CardSaved,
@@ -37,7 +37,7 @@ from mppnode.gateways.stripe_events import (
     RefundFailed,
     StripeEvent,
 )
-from mppnode.ledger import credit_lists, credit_talk
+from mppnode.ledger import credit_grants, credit_lists, credit_talk
 from mppnode.ledger.credit_lists import By
 from mppnode.ledger.credit_rows import Task, TaskState
 from mppnode.ledger.credit_talk import OtherAccounts
@@ -59,6 +59,8 @@ _REFUNDS: Final[Mapping[str | None, RefundState]] = MappingProxyType(
 )
 """Others are on their way: docs.stripe.com/api/refunds/object, ``status``."""
 _UNKNOWN: Final = "of no account of ours"
+_NO_DOLLARS: Final = "not in dollars"
+_OTHER_INVOICE: Final = "not for usage"
 
 
 class Hearer:
@@ -121,27 +123,20 @@ class Hearer:
         if account is None:
             await self._pass(event, _UNKNOWN)
         elif what.currency != USD:
-            await self._pass(event, "not in dollars", level=Level.ERROR, payment=what.payment)
+            await self._pass(event, _NO_DOLLARS, level=Level.ERROR, payment=what.payment)
         elif what.tags.account is None:
             # The payment of an invoice, or something an operator sold by hand: invoice.paid tells of the first.
             await self._pass(event, "not sold by a node", level=Level.INFO, payment=what.payment)
         else:
-            if what.saved_card is not None:
-                await self._save(event, account, what.saved_card, mark=False)
+            if what.saved_card is not None and what.customer is not None:
+                await self._save(event, account, what.customer, what.saved_card, mark=False)
             record = PaymentRecord(what.payment, paid=what.amount)
             await self._keeper.take_in(account.id, [record], event=event.id, news=Paid())
 
     async def _payment_failed(self, event: StripeEvent, what: PaymentFailed) -> None:
-        account = await self.account_of(what.payment, what.tags.account, what.customer)
-        if account is None:
-            await self._pass(event, _UNKNOWN)
-            return
-        # A page of Checkout on which a card was mistyped is no debt; what has no tags was to pay an invoice.
-        owed = what.tags.account is None and isinstance(account.terms, Postpaid)
-        if owed and (await self._stripe.payment(what.payment)).status != "succeeded":
-            await self._keeper.take_in(account.id, event=event.id, news=Failed(what.payment))
-        else:
-            await self._books.note_event(event.id)
+        # No debt: a card was mistyped on a page of Checkout, or it was for an invoice, which has an event of its own.
+        self._log("billing.payment_failed", payment=what.payment, code=what.code, decline_code=what.decline_code)
+        await self._books.note_event(event.id)
 
     async def _refunds(self, event: StripeEvent, payment: str | None, tagged: str | None, customer: str | None) -> None:
         account = None if payment is None else await self.account_of(payment, tagged, customer)
@@ -157,6 +152,9 @@ class Hearer:
         if account is None or what.payment is None:
             await self._pass(event, _UNKNOWN)
             return
+        if what.currency != USD:
+            await self._pass(event, _NO_DOLLARS, level=Level.ERROR, payment=what.payment)
+            return
         self._log("billing.dispute", level=Level.WARNING, account=account.id, dispute=what.dispute, state=state.name)
         disputes = MappingProxyType({what.dispute: (what.amount, state)})
         await self._keeper.take_in(account.id, [PaymentRecord(what.payment, disputes=disputes)], event=event.id)
@@ -168,6 +166,9 @@ class Hearer:
         if account is None:
             await self._pass(event, _UNKNOWN)
             return
+        if not is_for_usage(account, what.subscription, what.tags):
+            await self._pass(event, _OTHER_INVOICE, level=Level.INFO)
+            return
         records = await self.payments_of(what.invoice)
         # An invoice of nothing is paid too, and says nothing about what is owed on another one.
         news = Paid() if any(record.paid for record in records) else Paid(what.invoice)
@@ -177,6 +178,8 @@ class Hearer:
         account = await self._by_customer(what.customer)
         if account is None:
             await self._pass(event, _UNKNOWN)
+        elif not is_for_usage(account, what.subscription, what.tags):
+            await self._pass(event, _OTHER_INVOICE)
         elif await self._stripe.payments_of(what.invoice):
             await self._books.note_event(event.id)  # paid since: events come in any order
         else:
@@ -196,21 +199,20 @@ class Hearer:
 
     async def _card(self, event: StripeEvent, customer: str, tags: Tags, card: str) -> None:
         account = await self._named(tags.account) or await self._by_customer(customer)
-        if account is None or account.billing.customer not in (None, customer):
+        if account is None or account.billing.customer != customer:
             await self._pass(event, _UNKNOWN)
             return
-        await self._save(event, account, card, mark=True)
+        await self._save(event, account, customer, card, mark=True)
 
-    async def _save(self, event: StripeEvent, account: Account, card: str, *, mark: bool) -> None:
-        """Keep a card, unless a newer one is kept. ``mark`` notes the event with it."""
-        if account.billing.subscription is not None and account.billing.customer is not None:
+    async def _save(self, event: StripeEvent, account: Account, customer: str, card: str, *, mark: bool) -> None:
+        """Keep a card, unless a newer one is kept or its customer is not the account's. ``mark`` notes the event."""
+        if account.billing.subscription is not None and account.billing.customer == customer:
             # Before it is kept: a copy of this event does it again when we die in between.
-            await self._stripe.set_default_card(
-                customer=account.billing.customer, payment_method=card, key=f"{event.id}-{card}"
-            )
+            await self._stripe.set_default_card(customer=customer, payment_method=card, key=f"{event.id}-{card}")
         at = self._books.clock.now_millis()
+        noted = event.id if mark else None
         await self._books.write(
-            lambda: _saved(account.id, card, event.created, event.id if mark else None, at), of=account.id
+            lambda: _saved(account.id, customer, card, created=event.created, event=noted, at=at), of=account.id
         )
 
     async def _customer_deleted(self, event: StripeEvent, customer: str) -> None:
@@ -221,15 +223,22 @@ class Hearer:
         self._log("billing.customer_deleted", level=Level.WARNING, account=account.id)
         at = self._books.clock.now_millis()
         # Its name is part of the next one's idempotency key: Stripe would answer the old key with the deleted one.
-        task = Task(f"{FORGOTTEN}-{customer}", FORGOTTEN, account.id, at, "{}", TaskState.DONE, created_ms=at)
+        task = Task(_forgotten(customer), FORGOTTEN, account.id, at, "{}", TaskState.DONE, created_ms=at)
         await self._books.add_task(task)
         await self._keeper.change(account.id, event.id, partial(_without, customer))
 
     # ----------------------------------------------------------------------------------------------------------- whose
 
     async def account_of(self, payment: str, tagged: str | None, customer: str | None) -> Account | None:
-        """Whose payment it is: as it is tagged, as we know it, as its customer, or as Stripe says when asked."""
+        """Whose payment it is: as it is tagged, as we know it, as its customer, or as Stripe says when asked.
+
+        A tag counts with its account's own customer only: whoever can write one on a payment of his must not be able
+        to put his money, or his card, into another's account.
+        """
         account = await self._named(tagged)
+        if account is not None and customer is not None and not await self._is_of(account, customer):
+            self._log("billing.foreign_tag", level=Level.ERROR, account=account.id, payment=payment, customer=customer)
+            return None
         if account is None and (known := await self._books.read(partial(credit_lists.payment_of, payment))):
             account = await self._named(known[0])
         if account is None and customer is not None:
@@ -240,9 +249,17 @@ class Hearer:
                 return await self.account_of(payment, asked.tags.account or "", asked.customer)
         return account
 
+    async def _is_of(self, account: Account, customer: str) -> bool:
+        """Whether a customer is, or was until it was deleted, an account's."""
+        if account.billing.customer == customer:
+            return True
+        was = await self._books.read(partial(credit_grants.task, _forgotten(customer)))
+        return was is not None and was.account == account.id
+
     async def invoice_account(self, invoice: Invoice) -> Account | None:
-        """Whose invoice it is."""
-        return None if invoice.customer is None else await self._by_customer(invoice.customer)
+        """Whose invoice for usage it is."""
+        account = None if invoice.customer is None else await self._by_customer(invoice.customer)
+        return account if account is not None and is_for_usage(account, invoice.subscription, invoice.tags) else None
 
     async def _named(self, account: str | None) -> Account | None:
         return await self._found(By.ID, account) if account else None
@@ -262,10 +279,23 @@ class Hearer:
             self._log("billing.passed", level=level, event_id=event.id, type=event.type, why=why, payment=payment)
 
 
+def is_for_usage(account: Account, subscription: str | None, tags: Tags) -> bool:
+    """Whether an invoice is of a subscription of ours; operators may sell their customers other things as well."""
+    return subscription is not None and (
+        subscription == account.billing.subscription or tags.account == account.id
+    )
+
+
 def refunded(payment: str, refunds: Iterable[Refund]) -> PaymentRecord:
     """What the refunds of a payment say of it."""
-    states = {one.id: (one.amount, _REFUNDS.get(one.status, RefundState.PENDING)) for one in refunds}
+    states = {
+        one.id: (one.amount, _REFUNDS.get(one.status, RefundState.PENDING)) for one in refunds if one.currency == USD
+    }
     return PaymentRecord(payment, refunds=MappingProxyType(states))
+
+
+def _forgotten(customer: str) -> str:
+    return f"{FORGOTTEN}-{customer}"
 
 
 def _state(what: DisputeOpened | DisputeWon | DisputeLost) -> DisputeState:
@@ -274,11 +304,16 @@ def _state(what: DisputeOpened | DisputeWon | DisputeLost) -> DisputeState:
     return DisputeState.WON if isinstance(what, DisputeWon) else DisputeState.LOST
 
 
-def _saved(account: AccountId, card: str, created: int, event: str | None, at: UnixMillis) -> Talk[None]:
+def _saved(
+    account: AccountId, customer: str, card: str, *, created: int, event: str | None, at: UnixMillis
+) -> Talk[None]:
     """Keep a card with the time Stripe saved it; an older one that is heard of late changes nothing."""
     yield from credit_talk.load_credit(account, lock=True)
     if event is not None and not (yield from credit_talk.note_event(event, at)):
         return
+    row = yield from credit_lists.find_account(By.ID, account)
+    if row is None or row.customer != customer:
+        return  # it went with its customer
     kept = yield from credit_lists.tasks(account, SAVED, None, 1)
     document = orjson.dumps({"created": created}).decode()
     if kept and orjson.loads(kept[0].document)["created"] > created:
@@ -288,8 +323,7 @@ def _saved(account: AccountId, card: str, created: int, event: str | None, at: U
     else:
         task = Task(f"{SAVED}-{account}", SAVED, account, at, document, TaskState.DONE, created_ms=at)
         yield from credit_talk.add_task(task)
-    row = yield from credit_lists.find_account(By.ID, account)
-    if row is not None and read_account(row).billing.card != card:
+    if read_account(row).billing.card != card:
         yield from credit_talk.change_account(account, partial(changed, partial(_with_card, card)), at)
 
 

@@ -173,7 +173,7 @@ class Reconciler:
             if account is not None:
                 _add(heard, account, refunded(payment, [one for one in refunds if one.payment == payment]))
         for dispute in await self._stripe.disputes(max(since - _DISPUTES_S, _FIRST_S), until):
-            if dispute.payment is not None:
+            if dispute.payment is not None and dispute.currency == USD:
                 account = await self._hearer.account_of(dispute.payment, None, None)
                 if account is not None:
                     disputes = MappingProxyType({dispute.id: (dispute.amount, _state(dispute))})

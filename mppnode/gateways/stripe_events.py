@@ -23,6 +23,7 @@ from channels.faults import ChannelFault
 from channels.instants import parse_rfc3339
 from mppnode.config.secrets import Secret
 from mppnode.gateways.stripe_objects import (
+    NO_TAGS,
     BadShapeError,
     Fields,
     Tags,
@@ -188,6 +189,8 @@ class InvoicePaid:
     amount: int
     currency: str
     subscription: str | None
+    tags: Tags = NO_TAGS
+    """Of the subscription."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +206,9 @@ class InvoiceFailed:
     currency: str
     attempts: int
     code: str | None
+    subscription: str | None = None
+    tags: Tags = NO_TAGS
+    """Of the subscription."""
 
 
 @dataclass(frozen=True)
@@ -476,7 +482,7 @@ def _invoice_paid(kind: str, fields: Fields) -> Happening:
     # What remains is not looked at: an operator may call an invoice paid that was paid elsewhere, or not at all.
     if found.customer is None:
         return Ignored(kind)  # of an account of Stripe's own kind: no customer a node made
-    return InvoicePaid(found.id, found.customer, found.amount_paid, found.currency, found.subscription)
+    return InvoicePaid(found.id, found.customer, found.amount_paid, found.currency, found.subscription, found.tags)
 
 
 def _invoice_failed(kind: str, fields: Fields) -> Happening:
@@ -485,7 +491,16 @@ def _invoice_failed(kind: str, fields: Fields) -> Happening:
     code = error.maybe_token("code") if error else None
     if found.customer is None:
         return Ignored(kind)
-    return InvoiceFailed(found.id, found.customer, found.amount_remaining, found.currency, found.attempts, code)
+    return InvoiceFailed(
+        found.id,
+        found.customer,
+        found.amount_remaining,
+        found.currency,
+        found.attempts,
+        code,
+        found.subscription,
+        found.tags,
+    )
 
 
 def _customer_deleted(_: str, customer: Fields) -> Happening:

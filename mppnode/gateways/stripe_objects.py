@@ -176,6 +176,9 @@ class Tags:
     reference: str | None
 
 
+NO_TAGS: Final = Tags(None, None)
+
+
 def read_tags(fields: Fields) -> Tags:
     """Read the metadata of an object. Raises :class:`BadShapeError`."""
     metadata = fields.metadata()
@@ -320,15 +323,18 @@ class Invoice:
     subscription: str | None
     attempts: int
     created: int
+    tags: Tags = NO_TAGS
+    """Of the subscription it is for."""
 
 
 def read_invoice(fields: Fields) -> Invoice:
     """Read an Invoice. Raises :class:`BadShapeError`. Source: docs.stripe.com/api/invoices/object."""
-    subscription = None
+    subscription, tags = None, NO_TAGS
     if fields.raw("parent") is not None:
         parent = fields.inner("parent")
         if parent.token("type") == "subscription_details":
-            subscription = parent.inner("subscription_details").must_ref("subscription")
+            details = parent.inner("subscription_details")
+            subscription, tags = details.must_ref("subscription"), read_tags(details)
     return Invoice(
         id=fields.id(),
         status=fields.maybe_token("status"),
@@ -340,6 +346,7 @@ def read_invoice(fields: Fields) -> Invoice:
         subscription=subscription,
         attempts=fields.whole("attempt_count"),
         created=fields.whole("created"),
+        tags=tags,
     )
 
 

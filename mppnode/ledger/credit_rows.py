@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from types import MappingProxyType
 from typing import Any, Final, assert_never
@@ -44,7 +44,7 @@ class AccountRow:
     id: AccountId
     trust: str
     customer: str | None
-    document: str
+    document: str = field(repr=False)  # holds what alerts are signed with
     created_ms: UnixMillis
 
 

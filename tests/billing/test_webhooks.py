@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from mppnode.accounts.model import BillingProfile
 from mppnode.config.secrets import Secret
 from mppnode.gateways.stripe_events import StripeEvent, WebhookFault, WebhookReader, WebhookReason
 from mppnode.kernel.faults import NodeFault, NodeReason
@@ -42,7 +43,7 @@ def renamed(events: list[dict[str, Any]], desk: Desk, number: int) -> list[Strip
     text = json.dumps(events)
     (intent,) = [one for one in desk.peer.of("payment_intent") if one["metadata"]["mppnode_account"] == "acct_story"]
     (refund,) = [one for one in desk.peer.of("refund") if one["payment_intent"] == intent["id"]]
-    names = {intent["id"]: f"pi_n{number}", refund["id"]: f"re_n{number}", "acct_story": f"acct_n{number}", "evt_": f"evt_n{number}_"}
+    names = {intent["customer"]: f"cus_n{number}", intent["id"]: f"pi_n{number}", refund["id"]: f"re_n{number}", "acct_story": f"acct_n{number}", "evt_": f"evt_n{number}_"}
     for one in (intent, refund):
         copied = json.loads(replaced(json.dumps(one), names))
         desk.peer.objects[copied["id"]] = copied
@@ -69,7 +70,7 @@ async def test_k6_k7_all_orders_of_a_story_end_equal(desk: Desk) -> None:
     async def one(number: int, order: tuple[int, ...]) -> None:
         async with limit:
             name = f"acct_n{number}"
-            await desk.account(name)
+            await desk.account(name, billed=BillingProfile(customer=f"cus_n{number}"))
             happened = renamed(events, desk, number)
             for place, index in enumerate(order):
                 if place % 2:

@@ -25,6 +25,7 @@ from tests.support.stripe_process import peer_process
 
 Kind = StripeFaultKind
 WHY = Purpose("acc-1", "postpaid-1")
+OURS = Tags("acc-1", "postpaid-1")
 SECRET = "whsec_canaryCanaryCanary0123456789"
 DAY = 86_400
 MICROS = 10_000
@@ -205,7 +206,7 @@ async def test_an_invoice_names_its_payment_only_when_asked(desk: Desk) -> None:
     assert (paid.invoice, paid.amount, paid.currency, paid.payment.startswith("pi_")) == (closed["id"], 934, "usd", True)
     assert await desk.deliver() == [
         events.PaymentSucceeded(paid.payment, 934, "usd", customer, Tags(None, None)),
-        events.InvoicePaid(closed["id"], customer, 934, "usd", subscription),
+        events.InvoicePaid(closed["id"], customer, 934, "usd", subscription, OURS),
     ]
     assert (await desk.stripe.payment(paid.payment)).received == 934
     desk.peer.refund(paid.payment, 34)
@@ -213,7 +214,7 @@ async def test_an_invoice_names_its_payment_only_when_asked(desk: Desk) -> None:
     told = await desk.deliver("charge.dispute.created", "charge.refunded")
     assert [getattr(what, "payment", None) for what in told] == [paid.payment] * 2
     assert await desk.stripe.invoices(NOW, NOW + 2 * DAY) == (
-        Invoice(closed["id"], "paid", customer, 934, 934, 0, "usd", subscription, 1, NOW + DAY),
+        Invoice(closed["id"], "paid", customer, 934, 934, 0, "usd", subscription, 1, NOW + DAY, OURS),
     )
     assert await desk.stripe.invoices(NOW, NOW + DAY) == ()
 
@@ -226,13 +227,13 @@ async def test_a_failed_invoice_is_told_each_time_and_paid_with_another_card(des
     desk.clock.advance(DAY)
     invoice = desk.peer.close_invoice(subscription)["id"]
     desk.peer.retry_invoice(invoice)
-    assert await desk.deliver("invoice.payment_failed") == [events.InvoiceFailed(invoice, customer, 500, "usd", count, None) for count in (1, 2)]
+    assert await desk.deliver("invoice.payment_failed") == [events.InvoiceFailed(invoice, customer, 500, "usd", count, None, subscription, OURS) for count in (1, 2)]
     assert {what.decline_code for what in await desk.deliver("payment_intent.payment_failed") if isinstance(what, events.PaymentFailed)} == {"insufficient_funds"}
     assert await desk.stripe.payments_of(invoice) == ()
     assert await desk.stripe.invoices(NOW, NOW + 2 * DAY) == ()
     await desk.stripe.set_default_card(customer=customer, payment_method="pm_visa", key="new-card-1")
     desk.peer.retry_invoice(invoice)
-    assert await desk.deliver("invoice.paid") == [events.InvoicePaid(invoice, customer, 500, "usd", subscription)]
+    assert await desk.deliver("invoice.paid") == [events.InvoicePaid(invoice, customer, 500, "usd", subscription, OURS)]
     assert [paid.amount for paid in await desk.stripe.payments_of(invoice)] == [500]
     assert len(desk.peer.of("payment_intent")) == 1
 
