@@ -290,7 +290,7 @@ class ChatEngine:
                 ending=ending.value,
                 model=None if answer is None else answer.listing.model,
                 provider=None if answer is None else answer.listing.provider,
-                strategy=run.route.strategy.value,
+                strategy=run.strategy.value,
                 attempts=run.attempts,
                 tokens=0 if tally is None else tally.tokens,
                 token_source=None if tally is None else tally.source.value,

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import replace
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import orjson
 
@@ -19,7 +21,9 @@ from mppnode.engine.stream import Ending, PaidStream
 from mppnode.kernel.faults import NodeFault
 from mppnode.kernel.listing import Listing
 from mppnode.kernel.requests import ChatRequest
+from mppnode.kernel.tasks import end_of
 from mppnode.kernel.usage import Usage
+from mppnode.kernel.wishes import Wishes
 from mppnode.metering.tally import Tally, TokenSource
 from mppnode.providers.base import Completion, UpstreamResponse
 from mppnode.rails.base import Facts, Purchase, Tab
@@ -29,6 +33,9 @@ if TYPE_CHECKING:
     from mppnode.engine.market import Route
 
 T = TypeVar("T")
+
+_NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
+_NONE: Final = Wishes(models=())
 
 
 class PaidChat:
@@ -48,13 +55,14 @@ class PaidChat:
         "begun",
         "chat",
         "cost",
+        "decision",
         "first_at",
         "purchase",
         "record",
         "releasing",
         "request_id",
-        "route",
         "stall_ms",
+        "strategy",
         "tab",
         "tally",
         "upstream",
@@ -78,7 +86,8 @@ class PaidChat:
         self.first_at: float | None = None
         """When the first output was there, on the same clock."""
         self.chat = chat
-        self.route = route
+        self.strategy = route.strategy
+        self.decision = route.decision
         self.tally: Tally | None = None
         """The bill; None until a provider has taken the prompt."""
         self.answer: Answer | None = None
@@ -115,7 +124,7 @@ class PaidChat:
             stream=self.chat.stream,
             model=self.chat.model if listing is None else listing.model,
             provider="" if listing is None else listing.provider,
-            strategy=self.route.strategy.value,
+            strategy=self.strategy.value,
             attempts=self.attempts,
             usage=Usage() if tally is None else tally.usage(),
             token_source="" if tally is None else tally.source.value,
@@ -142,6 +151,8 @@ class PaidChat:
 
         await self._interruptible(keep, "connect")
         self.first_at = self._engine.clock.monotonic()
+        # A stream may last for an hour, or wait for its payer, and nobody needs its prompt any more.
+        self.chat = replace(self.chat, messages=(), wishes=_NONE, raw=_NOTHING)
 
     async def _interruptible(self, work: Callable[[], Awaitable[T]], name: str) -> T:
         async def run() -> T | NodeFault:
@@ -208,16 +219,12 @@ class PaidChat:
             if self.record is not None:
                 await self.record.drop()
 
-    async def _owing(self, work: Coroutine[Any, Any, T]) -> T:
-        """Do what ends with the bill; whatever goes wrong before it, nothing stays held for a request that is over."""
-        try:
-            return await work
-        except Exception:  # a bug of ours; cut off by the node's stop, what is held is released with its life
-            if not self._settling:
-                delivered = Pico(0) if self._stream is None else self._stream.final_total(Ending.UPSTREAM_FAILED)
-                total = Pico(min(delivered, self.tab.cap_pico))
-                self._engine.owner.spawn(self.settle(total, Ending.UPSTREAM_FAILED), name="release hold")
-            raise
+    def _give_back(self) -> None:
+        """After a mistake of ours: nothing stays held for a request that is over, and no more than arrived is owed."""
+        if not self._settling:
+            delivered = Pico(0) if self._stream is None else self._stream.final_total(Ending.UPSTREAM_FAILED)
+            total = Pico(min(delivered, self.tab.cap_pico))
+            self._engine.owner.spawn(self.settle(total, Ending.UPSTREAM_FAILED), name="release hold")
 
     # --------------------------------------------------------------------------------------------------- streaming
 
@@ -232,8 +239,8 @@ class PaidChat:
         assert tally is not None
         if self.record is not None:
             sink = self.record.through(sink)
-        if self.route.decision is not None:
-            sink.write(frames.routing_frame(self.route.decision))
+        if self.decision is not None:
+            sink.write(frames.routing_frame(self.decision))
         self._stream = PaidStream(
             upstream=answer.response,
             decoder=answer.decoder,
@@ -250,9 +257,9 @@ class PaidChat:
         answer.early = ()
         if self._superseded:
             self._stream.supersede()
-        task = self._engine.owner.start(self._owing(self._deliver(self._stream, sink, answer, tally)), name="stream")
+        task = self._engine.owner.start(self._deliver(self._stream, sink, answer, tally), name="stream")
         try:
-            await asyncio.wait({task})
+            await end_of(task)
         except asyncio.CancelledError:
             self._stream.abandon()
             raise
@@ -260,11 +267,19 @@ class PaidChat:
 
     async def _deliver(self, stream: PaidStream, sink: Sink, answer: Answer, tally: Tally) -> None:
         begun = self._engine.clock.monotonic()
-        ending = await stream.run()
-        if ending is Ending.UPSTREAM_FAILED and stream.error is not None:
-            answer.watch.broke(stream.error.kind)
-        else:
-            answer.watch.ended(tokens=tally.tokens, seconds=self._engine.clock.monotonic() - begun - stream.starved_s)
+        try:
+            ending = await stream.run()
+            if ending is Ending.UPSTREAM_FAILED and stream.error is not None:
+                answer.watch.broke(stream.error.kind)
+            else:
+                seconds = self._engine.clock.monotonic() - begun - stream.starved_s
+                answer.watch.ended(tokens=tally.tokens, seconds=seconds)
+            await self._finish(stream, sink, answer, tally, ending)
+        except Exception:
+            self._give_back()
+            raise
+
+    async def _finish(self, stream: PaidStream, sink: Sink, answer: Answer, tally: Tally, ending: Ending) -> None:
         if ending not in (Ending.DISCONNECTED, Ending.STALLED) and not await stream.drained():
             ending = Ending.STALLED
         self.stall_ms = round(stream.starved_s * 1000)
@@ -319,11 +334,18 @@ class PaidChat:
         assert tally is not None
         completion = answer.completion
         # From here on nobody interrupts: cancelled while the charge commits, it would be billed and not delivered.
-        settling = self._engine.owner.start(self._owing(self._charge(answer, completion, tally)), name="charge")
+        settling = self._engine.owner.start(self._charge(answer, completion, tally), name="charge")
         await asyncio.wait({settling})
         return settling.result()
 
     async def _charge(self, answer: Answer, completion: Completion, tally: Tally) -> bytes:
+        try:
+            return await self._bill(answer, completion, tally)
+        except Exception:
+            self._give_back()
+            raise
+
+    async def _bill(self, answer: Answer, completion: Completion, tally: Tally) -> bytes:
         tally.count_whole(completion.text)
         tally.report = completion.usage
         answer.watch.ended(tokens=0, seconds=0.0)
@@ -331,8 +353,8 @@ class PaidChat:
         self.cost = Pico(min(tally.total(), self.tab.granted, self.tab.cap_pico))
         document = completion.document
         document["usage"] = frames.usage_json(tally.usage(), self.cost)
-        if self.route.decision is not None:
-            document["routing"] = dict(self.route.decision)
+        if self.decision is not None:
+            document["routing"] = dict(self.decision)
         body = orjson.dumps(document)
         if self.record is not None:
             await self.record.end(body, complete=True)

@@ -30,7 +30,7 @@ def of_answer(run: PaidChat) -> dict[str, str]:
     return {
         "X-Model": listing.model,
         "X-Provider": listing.provider,
-        "X-Route-Strategy": run.route.strategy.value,
+        "X-Route-Strategy": run.strategy.value,
         "X-Route-Attempts": str(run.attempts),
         **_prices(listing.rates),
     }

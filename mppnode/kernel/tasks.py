@@ -4,9 +4,25 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+def end_of(task: asyncio.Task[Any]) -> asyncio.Future[None]:
+    """A future that is done when ``task`` is, whatever became of it; its waiter's cancellation leaves the task alone.
+
+    ``asyncio.wait`` does the same for a kilobyte, which counts where thousands wait for hours.
+    """
+    over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    task.add_done_callback(partial(_over, over))
+    return over
+
+
+def _over(over: asyncio.Future[None], _: asyncio.Task[Any]) -> None:
+    if not over.done():
+        over.set_result(None)
 
 
 class TaskOwner:
