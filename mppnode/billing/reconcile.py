@@ -210,7 +210,9 @@ class Reconciler:
                 if lines != account.funds - account.final:
                     ours = account.funds - account.final
                     found.differences.append(Difference(account.id, "entries", "", ours, lines))
-                total = sum(report.value for _, report in reports)
+                # Old reports are forgotten, but never the last: the oldest that is left says what they came to.
+                total = min((report.total - report.value for _, report in reports), default=0)
+                total += sum(report.value for _, report in reports)
                 if total != account.reported_micro:
                     found.differences.append(
                         Difference(account.id, "reports", "", account.reported_micro, total)

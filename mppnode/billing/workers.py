@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from channels.credit import AccountId, CreditFault
@@ -17,10 +18,11 @@ from mppnode.billing.meters import Meters
 from mppnode.billing.recharge import Recharger
 from mppnode.gateways.stripe_faults import StripeFault
 from mppnode.kernel.clock import Clock
+from mppnode.ledger import credit_grants
 from mppnode.ledger.base import Ledger
+from mppnode.ledger.credit_purge import purge
 from mppnode.ledger.credit_rows import Task, TaskState
 from mppnode.ledger.credits import Credits
-from mppnode.ledger.talk import Talk
 from mppnode.observe.logs import Level, Log
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ DAY_S: Final = 86_400
 BACK_DAYS: Final = 3
 """Days that are compared each time: Stripe sends events for three days, and an invoice is open for a while."""
 RECONCILED: Final = "reconciled"
+FORGOT: Final = "forgot"
 _NOBODY: Final = AccountId("")
 
 Sleep = Callable[[float], Awaitable[None]]
@@ -68,6 +71,7 @@ class Workers:
             yield "report usage", self.keep("report usage", self.meters.send, PASS_S, sleep)
         if self.reconciler is not None:
             yield "billing day", self.keep("billing day", self.daily, DAILY_S, sleep)
+        yield "forget", self.keep("forget", self.forget, DAILY_S, sleep)
         if self.alerts is not None:
             yield "alerts", self.keep("alerts", self.alerts.work, PASS_S, sleep)
 
@@ -88,17 +92,17 @@ class Workers:
         """Reconcile once a UTC day, of all nodes together; 1 if this was it."""
         assert self.reconciler is not None
         now = self.clock.now()
-        day = now // DAY_S
-        done = await self.books.read(lambda: _reconciled(day))
-        if done:
+        return await self._once(RECONCILED, partial(self.reconciler.run, (now // DAY_S - BACK_DAYS) * DAY_S, now))
+
+    async def forget(self) -> int:
+        """Forget once a UTC day what is old enough; 1 if this was it. Not with the comparison: Stripe may be away."""
+        return await self._once(FORGOT, partial(purge, self.books))
+
+    async def _once(self, kind: str, work: Callable[[], Awaitable[object]]) -> int:
+        name = f"{kind}-{self.clock.now() // DAY_S}"
+        if await self.books.read(lambda: credit_grants.task(name)) is not None:
             return 0
-        await self.reconciler.run((day - BACK_DAYS) * DAY_S, now)
+        await work()
         at = self.clock.now_millis()
-        task = Task(f"{RECONCILED}-{day}", RECONCILED, _NOBODY, at, "{}", TaskState.DONE, created_ms=at)
-        await self.books.add_task(task)
+        await self.books.add_task(Task(name, kind, _NOBODY, at, "{}", TaskState.DONE, created_ms=at))
         return 1
-
-
-def _reconciled(day: int) -> Talk[bool]:
-    rows = yield "SELECT 1 FROM outbox WHERE id = ?", (f"{RECONCILED}-{day}",)
-    return bool(rows)

@@ -112,6 +112,6 @@ async def test_a_day_is_reconciled_once(desk: Desk) -> None:
 async def test_every_loop_has_a_name(desk: Desk) -> None:
     """What the node spawns, by name."""
     loops = list(desk.billing.daemons(no_sleep))
-    assert [name for name, _ in loops] == ["recharge", "recharge search", "seal usage", "report usage", "billing day"]
+    assert [name for name, _ in loops] == ["recharge", "recharge search", "seal usage", "report usage", "billing day", "forget"]
     for _, loop in loops:
         loop.close()

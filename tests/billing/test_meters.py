@@ -13,6 +13,7 @@ from mppnode.accounts.model import BillingProfile
 from mppnode.billing.meters import VALUE_MAX, Meters, read_report
 from mppnode.kernel.faults import NodeFault, NodeReason
 from mppnode.ledger.credit_rows import TaskState
+from mppnode.ledger.talk import Talk
 from tests.billing.kit import CENT, DOLLAR, HOUR, Desk
 from tests.support.stripe_peer import Mishap
 
@@ -124,6 +125,28 @@ async def test_p46_reconciliation_compares_what_stripe_counted(desk: Desk) -> No
     report = await desk.billing.reconcile(since, until)
     assert [(one.what, one.ours, one.theirs) for one in report.differences] == [("meter", 10_000, 10_007)]
     assert not report.clean
+
+
+async def test_what_forgotten_reports_came_to_is_still_proved(desk: Desk) -> None:
+    """Old reports are forgotten once a day; the account's total is proved by those that are left, and a lost one shows."""
+    await desk.subscribed()
+    for days in (1, 1, 100, 1, 1):
+        await use(desk)
+        await meters(desk).send()
+        desk.clock.advance(days * DAY)
+    workers = desk.billing.workers
+    assert (await workers.forget(), await workers.forget()) == (1, 0)
+    assert [read_report(task).total for task in await desk.tasks("meter")] == [40_000, 50_000]
+    until = desk.clock.now()
+    assert (await desk.billing.reconcile(until - 3 * DAY, until)).differences == []
+    lost = (await desk.tasks("meter"))[-1]
+
+    def lose() -> Talk[None]:
+        yield "DELETE FROM outbox WHERE id = ?", (lost.id,)
+
+    await desk.books.write(lose, of="")
+    found = (await desk.billing.reconcile(until - 3 * DAY, until)).differences
+    assert ("reports", 50_000, 40_000) in [(one.what, one.ours, one.theirs) for one in found]
 
 
 async def test_subscribing_needs_terms_and_a_card_and_happens_once(desk: Desk) -> None:
