@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
+from channels.model import NodeId
 from mppnode.billing.alerts import AlertWorker
 from mppnode.billing.workers import Sleep, Workers
 from mppnode.config.billing import BillingConfig
@@ -18,9 +19,13 @@ from mppnode.gateways.alerts import AlertSender, alert_session
 from mppnode.http.billing_routes import BillingPort
 from mppnode.kernel.faults import NodeFault
 from mppnode.ledger.base import Ledger
+from mppnode.ledger.credits import Credits
 from mppnode.ledger.life import Life
 from mppnode.observe.logs import Level
 from mppnode.parts import World
+
+if TYPE_CHECKING:
+    from mppnode.billing.service import Billing
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +68,38 @@ async def _with_stripe(
     life: Life,
     exits: contextlib.AsyncExitStack,
 ) -> Paying:
+    session = await exits.enter_async_context(aiohttp.ClientSession(trust_env=False))
+    service = billing_with(
+        billing, config, world, customers.books, session=session, ledger=ledger, node=lambda: life.id, alerts=alerts
+    )
+    try:
+        await service.start()
+    except NodeFault as fault:
+        world.log("billing.unavailable", level=Level.ERROR, why=fault.message)
+    return Paying(service, service.workers)
+
+
+def billing_with(
+    billing: BillingConfig,
+    config: Config,
+    world: World,
+    books: Credits,
+    *,
+    session: aiohttp.ClientSession,
+    ledger: Ledger,
+    node: Callable[[], NodeId],
+    alerts: AlertSender | None = None,
+) -> Billing:
+    """Billing through the configured Stripe account; nothing is asked of it yet.
+
+    Raises:
+        ValueError: the extra is not installed.
+    """
     try:
         from mppnode.billing.service import Billing
         from mppnode.gateways.stripe_api import BASE_URL, StripeGateway
     except ModuleNotFoundError:
         raise ValueError("[billing] needs the extra: pip install 'mppnode[stripe]'") from None
-    session = await exits.enter_async_context(aiohttp.ClientSession(trust_env=False))
 
     def below(limit: int) -> int:
         return int.from_bytes(world.entropy(8)) % limit
@@ -76,11 +107,11 @@ async def _with_stripe(
     gateway = StripeGateway(
         billing.secret_key, session=session, below=below, log=world.log, base_url=billing.api_base or BASE_URL
     )
-    service = Billing(
+    return Billing(
         gateway,
-        customers.books,
+        books,
         ledger=ledger,
-        node=lambda: life.id,
+        node=node,
         clock=world.clock,
         config=billing,
         trust=config.accounts.trust_limits,
@@ -89,8 +120,3 @@ async def _with_stripe(
         alerts=alerts,
         probe=world.probe,
     )
-    try:
-        await service.start()
-    except NodeFault as fault:
-        world.log("billing.unavailable", level=Level.ERROR, why=fault.message)
-    return Paying(service, service.workers)

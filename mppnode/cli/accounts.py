@@ -12,27 +12,33 @@ import json
 import os
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Final, NoReturn, TypeAlias
 
+import aiohttp
+
 from channels.credit import AccountId, KeyId, Spending
 from channels.faults import ChannelFault
+from channels.model import NodeId
 from channels.payment import PICO_PER_CENT
 from channels.units import PICO_PER_UNIT, Pico, parse_decimal
 from mppnode.accounts.documents import read_account
 from mppnode.accounts.forms import Gift, read_key_form, read_opening, read_operated, read_reference, read_rotation
 from mppnode.accounts.keyring import Accounts, Keyring, Made
 from mppnode.accounts.model import Account
+from mppnode.billing.workers import DAY_S
 from mppnode.cli.serve import CANNOT_START, read_config, run
 from mppnode.config.schema import Config
 from mppnode.http.account_json import account_json, credits_json, entry_json, key_json
 from mppnode.kernel.clock import SystemClock
-from mppnode.kernel.faults import NodeFault
+from mppnode.kernel.faults import NodeFault, NodeReason
 from mppnode.ledger import credit_lists
+from mppnode.ledger.base import Ledger
 from mppnode.ledger.credits import Credits
 from mppnode.observe.logs import quiet
 from mppnode.parts import World, open_ledger
+from mppnode.paying import billing_with
 
 _BAD: Final = 2
 _FAILED: Final = 1
@@ -41,6 +47,9 @@ _PAGE: Final = 200
 
 @dataclass(frozen=True, slots=True)
 class _Desk:
+    config: Config
+    world: World
+    ledger: Ledger
     books: Credits
     keyring: Keyring
     accounts: Accounts
@@ -56,7 +65,8 @@ class _Desk:
         raise _Refused(f"{name!r} is no account of this node")
 
 
-_Work: TypeAlias = Callable[[_Desk], Awaitable[None]]
+_Work: TypeAlias = Callable[[_Desk], Awaitable[int | None]]
+"""What a command does; its exit status, or None for 0."""
 
 
 class _Refused(Exception):
@@ -84,12 +94,13 @@ def keys(options: argparse.Namespace) -> int:
 
 
 def credit(options: argparse.Namespace) -> int:
-    """Show, grant and deduct credit, and list transactions."""
+    """Show, grant and deduct credit, list transactions, and compare all of it with Stripe."""
     work: dict[str, _Work] = {
         "show": _show_credits,
         "grant": partial(_grant, sign=1),
         "deduct": partial(_grant, sign=-1),
         "transactions": _transactions,
+        "reconcile": _reconcile,
     }
     return _at_desk(options, work[options.action])
 
@@ -105,7 +116,8 @@ def _at_desk(options: argparse.Namespace, work: _Work) -> int:
 async def _open_and(config: Config, options: argparse.Namespace, work: _Work) -> int:
     fatal: list[BaseException] = []
     clock = SystemClock()
-    ledger = open_ledger(config, World(clock, os.urandom, quiet, fatal.append), shared=True)
+    world = World(clock, os.urandom, quiet, fatal.append)
+    ledger = open_ledger(config, world, shared=True)
     try:
         await ledger.start()
     except CANNOT_START as error:
@@ -113,14 +125,15 @@ async def _open_and(config: Config, options: argparse.Namespace, work: _Work) ->
     try:
         books = Credits(ledger, clock=clock)
         keyring = Keyring(books, clock=clock, entropy=os.urandom)
-        await work(_Desk(books, keyring, Accounts(books, clock=clock, entropy=os.urandom), options))
+        accounts = Accounts(books, clock=clock, entropy=os.urandom)
+        return await work(_Desk(config, world, ledger, books, keyring, accounts, options)) or 0
     except (_Refused, NodeFault) as refused:
-        return _problem(refused, _BAD)
+        outage = isinstance(refused, NodeFault) and refused.reason is NodeReason.BILLING_UNAVAILABLE
+        return _problem(refused, _FAILED if outage else _BAD)
     except ChannelFault as fault:
         return _problem(fault, _FAILED)
     finally:
         await ledger.stop()
-    return 0
 
 
 def _problem(error: BaseException, status: int) -> int:
@@ -286,6 +299,45 @@ async def _transactions(desk: _Desk) -> None:
     account, limit = (await desk.account()).id, desk.options.limit
     lines = await desk.books.read(lambda: credit_lists.entries(account, None, limit))
     _put(desk, [entry_json(line) for line in lines], _LINES)
+
+
+_DIFFERENCES: Final = ("what", "account", "reference", "ours", "theirs")
+_SIDES: Final = ("payments", "paid", "refunded", "disputed")
+
+
+async def _reconcile(desk: _Desk) -> int:
+    """Compare Stripe's objects of some days with the ledger, book what is missing, and fail if anything differed."""
+    billing = desk.config.billing
+    if billing is None:
+        _refuse("the configuration has no [billing]: there is nothing to compare with")
+    async with aiohttp.ClientSession(trust_env=False) as session:
+        try:
+            service = billing_with(
+                billing, desk.config, desk.world, desk.books, session=session, ledger=desk.ledger, node=_no_node
+            )
+        except ValueError as error:
+            _refuse(str(error))
+        # Before anything is booked: whether the key is of the mode the configuration says.
+        await service.start()
+        now = desk.world.clock.now()
+        found = await service.reconcile(now - desk.options.days * DAY_S, now)
+    differences = [asdict(one) for one in found.differences]
+    if desk.options.json:
+        sides = {name: {side: getattr(getattr(found, name), side) for side in _SIDES} for name in ("ledger", "stripe")}
+        counts = {name: getattr(found, name) for name in ("booked", "foreign", "accounts")}
+        _put(desk, [*differences, {**sides, **counts, "differences": len(differences)}], ())
+    else:
+        if differences:
+            _put(desk, differences, _DIFFERENCES)
+        print(
+            f"{found.accounts} accounts and {found.stripe.payments} payments compared: {len(differences)} differences,"
+            f" {found.booked} of them booked now; {found.foreign} payments of no account of this node"
+        )
+    return _FAILED if differences else 0
+
+
+def _no_node() -> NodeId:
+    raise AssertionError("a command leads no work")
 
 
 # ------------------------------------------------------------------------------------------------------------- amounts

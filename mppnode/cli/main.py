@@ -153,6 +153,8 @@ def _add_accounts(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         action.add_argument("--reference", required=True, help="booked once under it, however often this is said")
     lines = actions.add_parser("transactions", parents=[common, one], help="its statement, the newest first")
     lines.add_argument("--limit", type=int, choices=range(1, 1001), default=100, metavar="N")
+    compare = actions.add_parser("reconcile", parents=[common], help="compare Stripe's payments with the ledger")
+    compare.add_argument("--days", type=int, choices=range(1, 91), default=3, metavar="N", help="back from now (3)")
     credit.set_defaults(run=_accounts("credit"))
 
 
