@@ -7,12 +7,15 @@ import re
 import subprocess
 import sys
 import tomllib
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from channels.descriptor import SessionProtocol
+from mppnode.config.accounts import AccountsConfig, AdminConfig, JwtConfig, TrustLimits
+from mppnode.config.billing import BillingConfig
 from mppnode.config.load import ConfigError, load_config, parse_config
 from mppnode.config.secrets import Secret
 from mppnode.kernel.listing import ProviderKind
@@ -60,7 +63,41 @@ def test_commented_defaults_of_the_example_are_the_real_ones() -> None:
     assert len([line for line in lines if not line.startswith("#")]) > 40
     assert (shown.session, shown.limits, shown.models, shown.log) == (default.session, default.limits, default.models, default.log)
     assert (shown.pricing, shown.routing, shown.providers) == (default.pricing, default.routing, default.providers)
+    assert (shown.accounts, shown.billing, shown.admin) == (default.accounts, None, None) == (AccountsConfig(), None, None)
     assert (shown.node.host, shown.node.port, shown.node.ledger) == (default.node.host, default.node.port, default.node.ledger)
+
+
+SWITCHED = ("[accounts.jwt]", "[billing]", "[admin]")
+
+
+def test_tables_that_are_switched_on_are_shown_whole() -> None:
+    """Uncommented, the tables for customers load, have every key there is, and show the defaults where there are some."""
+    lines, on = list[str](), False
+    for line in EXAMPLE.read_text().splitlines():
+        on = line.startswith("#   ") and (on or line[4:] in SWITCHED)
+        # one of the two ways to check tokens; both are shown
+        lines.append(line[4:] if on and not line.startswith("#   jwks_url") else line)
+    environ = ENVIRON | {
+        "JWT_SECRET": CANARY,
+        "STRIPE_SECRET_KEY": "sk_test_" + "a" * 24,
+        "STRIPE_WEBHOOK_SECRET": "whsec_" + "b" * 24,
+        "MPPNODE_ADMIN_TOKEN": CANARY,
+    }
+    shown = tomllib.loads("\n".join(lines).replace('"price_..."', '"price_usage"'))
+    config = parse_config(shown, environ, base=EXAMPLE.parent)
+    assert config.accounts.jwt is not None
+    assert config.billing is not None
+    assert config.admin is not None
+    for table, kind in ((shown["accounts"]["jwt"], JwtConfig), (shown["billing"], BillingConfig), (shown["admin"], AdminConfig)):
+        keys = {field.name for field in fields(kind)}
+        assert keys - {"jwks_url"} == set(table), kind
+        for field in fields(kind):
+            if field.default is not MISSING and field.default is not None:
+                assert table[field.name] == field.default, field.name
+    text = EXAMPLE.read_text()
+    for kind in (AccountsConfig, TrustLimits, JwtConfig):
+        for name in {field.name for field in fields(kind)} - {"jwt", "trust_limits"}:
+            assert re.search(rf"^# +{name} = ", text, re.MULTILINE), name
 
 
 def test_all_problems_are_reported_at_once() -> None:
