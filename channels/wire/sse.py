@@ -27,6 +27,7 @@ EVENT_BYTES_MAX: Final = 256 * 1024  # as large as the largest upstream frame th
 
 # Not splitlines(): it also breaks at VT, U+0085 and U+2028, which are content.
 _LINE_END = re.compile(rb"\r\n|\r|\n")
+_NEEDS = re.compile(rb"^event: payment-need-voucher\ndata: [^\n]*\n\n", re.MULTILINE)
 _BOM: Final = b"\xef\xbb\xbf"
 
 
@@ -60,6 +61,11 @@ def need_voucher_frame(channel_id: ChannelId, *, required: Units, accepted: Unit
         "deposit": str(deposit),
     }
     return _control_frame(NEED_VOUCHER_EVENT, value, "payment.need_voucher")
+
+
+def without_needs(frames: bytes) -> bytes:
+    """A stream without what was asked of its payer on the way: said again, it would ask for what was paid long ago."""
+    return _NEEDS.sub(b"", frames)
 
 
 def receipt_frame(receipt: SessionReceipt) -> bytes:

@@ -356,7 +356,7 @@ def _afforded(chat: ChatRequest, need: Need, tab: Tab) -> ChatRequest:
     if tab.windowed or tab.granted >= need.cap_pico:
         return chat
     tokens = (tab.granted - need.prompt_pico) // (need.token_pico * chat.choices)
-    return replace(chat, max_tokens=max(tokens, 1), limited=True)
+    return replace(chat, max_tokens=max(tokens, 1))  # not its caller's limit: a provider may still shorten it
 
 
 def _tokens_of(chat: ChatRequest, listing: Listing) -> int:

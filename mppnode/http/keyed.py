@@ -12,6 +12,7 @@ from channels.wire.headers import payment_credentials
 from mppnode.accounts.directory import Admission, Directory
 from mppnode.engine.chat import ChatEngine
 from mppnode.engine.market import Caller
+from mppnode.engine.paid import PaidChat
 from mppnode.engine.record import Idempotence, Kept
 from mppnode.http import disclosure
 from mppnode.http.answers import JSON, asked_of, idempotency_key, replayed, streamed, streams
@@ -89,6 +90,13 @@ class KeyedChat:
             return _refused(STATUS[fault.reason], openai_error_body(fault), retry_headers(fault))
 
     async def _serve(self, request: web.Request, body: bytes, bearer: str) -> web.StreamResponse:
+        begun = await self._begin(request, body, bearer)
+        if isinstance(begun, web.Response):
+            return begun
+        return await streamed(request, begun, _headers_of(begun))
+
+    async def _begin(self, request: web.Request, body: bytes, bearer: str) -> web.Response | PaidChat:
+        """Everything but a stream, which is only begun: a function of its own, so that a stream keeps no prompt."""
         # Whoever asks is settled first: strangers learn nothing about models, prices or what a body should look like.
         admission = await self._directory.admit(bearer, request.headers.getall(TRUST, []))
         chat = parse_chat(body, limits=self._limits, stream=streams(request))
@@ -104,16 +112,20 @@ class KeyedChat:
             return replayed(record, record.body, _OPEN)
         purchase = self._rail.purchase(admission)
         run = await self._engine.start(purchase, chat, route, request_id=request[REQUEST_ID], record=record)
-        tab = run.tab
-        assert isinstance(tab, CreditTab)
-        headers = {**_OPEN, **tab.headers}
         if chat.stream:
-            return await streamed(request, run, headers)
+            return run
         answered = disclosure.of_answer(run)
         if record is not None:
             record.type, record.headers = JSON, answered
         whole = await run.complete()
-        return web.Response(body=whole, content_type=JSON, headers={**headers, **answered, "Cache-Control": "private"})
+        headers = {**_headers_of(run), **answered, "Cache-Control": "private"}
+        return web.Response(body=whole, content_type=JSON, headers=headers)
+
+
+def _headers_of(run: PaidChat) -> dict[str, str]:
+    tab = run.tab
+    assert isinstance(tab, CreditTab)
+    return {**_OPEN, **tab.headers}
 
 
 def _challenge(fault: NodeFault) -> dict[str, str]:

@@ -154,7 +154,7 @@ class ChatSurface:
         receipt = self._rail.receipt(presented, account)
         body = kept.body
         if kept.type == EVENTS:
-            body = kept.body.removesuffix(sse.DONE) + sse.receipt_frame(receipt) + sse.DONE
+            body = sse.without_needs(kept.body).removesuffix(sse.DONE) + sse.receipt_frame(receipt) + sse.DONE
         return replayed(kept, body, _paid_headers(receipt))
 
     def _receipt(self, run: PaidChat, *, tokens: int | None) -> SessionReceipt:

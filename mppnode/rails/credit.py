@@ -145,7 +145,12 @@ class CreditRail:
         if found is None or found.access != wanted.access:
             raise CreditFault(CreditReason.ACCESS_CHANGED)  # first: the limits it would meet may be yesterday's
         pace = pacing.take(found.paces.get(wanted.key))
-        return plan(found, replace(wanted, pace=pace), now=self.clock.now())
+        try:
+            return plan(found, replace(wanted, pace=pace), now=self.clock.now())
+        except CreditFault as fault:
+            # What is told to fit below a cap must not be refused for credit then.
+            fault.left = Pico(max(min(fault.left, found.headroom), 0))
+            raise
 
     def _refused(self, fault: CreditFault, need: Need, chat: ChatRequest) -> Exception:
         each, more = need.token_pico * chat.choices, dict[str, str | int | None]()
