@@ -20,6 +20,7 @@ BODY_BYTES_MAX: Final = 4 << 20
 _ACCEPT_MAX: Final = 1_024  # characters; Prometheus sends about 300
 _OPENMETRICS: Final = "application/openmetrics-text"
 _OPENMETRICS_VERSIONS: Final = ("", "0.0.1", "1.0.0")
+_WEIGHT_MAX: Final = 1_000
 _TEXT: Final = ("text/plain", "text/*", "*/*")
 
 
@@ -72,4 +73,5 @@ def _per_mille(text: str) -> int:
     whole, _, fraction = text.partition(".")
     if whole not in ("0", "1") or len(fraction) > 3 or not (fraction + "0").isdecimal() or not fraction.isascii():  # noqa: PLR2004
         return 0
-    return min(int(whole) * 1000 + int(fraction.ljust(3, "0")), 1000)
+    weight = int(whole) * 1000 + int(fraction.ljust(3, "0"))
+    return weight if weight <= _WEIGHT_MAX else 0
