@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from ipaddress import ip_address
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import Final
+
+_INTERNET: Final = ip_network("2000::/3")
+"""All of IPv6 that is given out. What lies beside it leads to IPv4, or nowhere: site-local, mapped, translated.
+
+Source: IANA, IPv6 address space; RFC 4291, 2.5.5; RFC 8215.
+"""
+_NAT64: Final = ip_network("64:ff9b::/96")
+"""IPv4 as networks without it see it. Source: RFC 6052."""
+_PROTOCOLS: Final = ip_network("192.0.0.0/24")
+"""Protocols' own; one cloud has its machines' secrets there, and Python calls some of it global. Source: RFC 6890."""
 
 
 class PrivateAddress(Exception):
@@ -30,5 +41,9 @@ async def public_address(host: str, port: int) -> str:
 
 def _public(text: str) -> bool:
     address = ip_address(text)
-    inner = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
-    return address.is_global and not address.is_multicast and (inner is None or inner.is_global)
+    if isinstance(address, IPv6Address):
+        if address in _NAT64:
+            return _public(str(IPv4Address(int(address) & 0xFFFF_FFFF)))
+        inner = address.sixtofour
+        return address in _INTERNET and address.is_global and (inner is None or inner.is_global)
+    return address.is_global and not address.is_multicast and address not in _PROTOCOLS

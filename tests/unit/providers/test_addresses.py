@@ -34,6 +34,7 @@ def resolver(monkeypatch: pytest.MonkeyPatch, *answers: list[str]) -> list[str]:
         "127.0.0.1", "10.0.0.1", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0", "224.0.0.1",
         "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "fd00:ec2::254", "::ffff:10.0.0.1",
         "::ffff:169.254.169.254", "2002:7f00:1::", "2002:a00:1::", "ff02::1", "192.0.2.1", "198.18.0.1",
+        "64:ff9b::10.0.0.1", "64:ff9b::169.254.169.254", "64:ff9b:1::1", "::10.0.0.1", "::ffff:0:10.0.0.1", "fec0::1", "192.0.0.192",
     ],
 )  # fmt: skip
 async def test_no_address_of_our_own_network_is_connected_to(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
@@ -44,7 +45,7 @@ async def test_no_address_of_our_own_network_is_connected_to(monkeypatch: pytest
             await public_address("api.example.com", 443)
 
 
-@pytest.mark.parametrize("address", [PUBLIC, "2606:2800:21f:cb07:6820:80da:af6b:8b2c"])
+@pytest.mark.parametrize("address", [PUBLIC, "2606:2800:21f:cb07:6820:80da:af6b:8b2c", "64:ff9b::93.184.215.14"])
 async def test_a_public_address_is_used(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
     """The address that was looked at is the one that is given back."""
     resolver(monkeypatch, [address])
