@@ -180,7 +180,7 @@ class Hearer:
             await self._pass(event, _UNKNOWN)
         elif not is_for_usage(account, what.subscription, what.tags):
             await self._pass(event, _OTHER_INVOICE)
-        elif await self._stripe.payments_of(what.invoice):
+        elif sum(paid.amount for paid in await self._stripe.payments_of(what.invoice)) >= what.due > 0:
             await self._books.note_event(event.id)  # paid since: events come in any order
         else:
             owed = {"account": account.id, "invoice": what.invoice, "cents": what.amount}

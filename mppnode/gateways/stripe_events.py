@@ -209,6 +209,8 @@ class InvoiceFailed:
     subscription: str | None = None
     tags: Tags = NO_TAGS
     """Of the subscription."""
+    due: int = 0
+    """What was to be paid in all, before a part of it was."""
 
 
 @dataclass(frozen=True)
@@ -500,6 +502,7 @@ def _invoice_failed(kind: str, fields: Fields) -> Happening:
         code,
         found.subscription,
         found.tags,
+        found.amount_due,
     )
 
 

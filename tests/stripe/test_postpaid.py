@@ -227,7 +227,7 @@ async def test_a_failed_invoice_is_told_each_time_and_paid_with_another_card(des
     desk.clock.advance(DAY)
     invoice = desk.peer.close_invoice(subscription)["id"]
     desk.peer.retry_invoice(invoice)
-    assert await desk.deliver("invoice.payment_failed") == [events.InvoiceFailed(invoice, customer, 500, "usd", count, None, subscription, OURS) for count in (1, 2)]
+    assert await desk.deliver("invoice.payment_failed") == [events.InvoiceFailed(invoice, customer, 500, "usd", count, None, subscription, OURS, 500) for count in (1, 2)]
     assert {what.decline_code for what in await desk.deliver("payment_intent.payment_failed") if isinstance(what, events.PaymentFailed)} == {"insufficient_funds"}
     assert await desk.stripe.payments_of(invoice) == ()
     assert await desk.stripe.invoices(NOW, NOW + 2 * DAY) == ()
