@@ -114,7 +114,8 @@ class CreditTab:
     async def _fold(self) -> None:
         consumed = max(min(self.delivered(), self._consumed), self._recorded)
         try:
-            await self._rail.books.apply(self.admission.account.id, Fold(self.hold, Pico(consumed)))
+            if consumed > self._recorded:  # a client that reads slowly has perhaps taken nothing since
+                await self._rail.books.apply(self.admission.account.id, Fold(self.hold, Pico(consumed)))
         except CreditFault:
             self._ended = ChannelFault(Reason.HOLD_FENCED, detail="this request no longer owns its reservation")
         except ChannelFault as fault:
