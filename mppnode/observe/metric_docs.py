@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from typing import Final
 
 from mppnode.observe.metric_catalog import CATALOG, Kind, Merge, Spec
@@ -56,3 +58,12 @@ def _bounds(spec: Spec) -> str:
     if not spec.bounds:
         return ""
     return f" Buckets: {', '.join(f'{bound:g}' for bound in spec.bounds)}."
+
+
+def main(path: Path) -> None:
+    """Write the table into the document at ``path``."""
+    path.write_text(with_table(path.read_text()))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

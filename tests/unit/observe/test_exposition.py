@@ -9,7 +9,14 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families 
 from prometheus_client.parser import text_string_to_metric_families as parse_text
 
 from mppnode.kernel.clock import ManualClock
-from mppnode.observe.exposition import BODY_BYTES_MAX, OPENMETRICS_TYPE, TEXT_TYPE, PageTooLarge, prefers_openmetrics, render
+from mppnode.observe.exposition import (
+    BODY_BYTES_MAX,
+    OPENMETRICS_TYPE,
+    TEXT_TYPE,
+    PageTooLarge,
+    prefers_openmetrics,
+    render,
+)
 from mppnode.observe.metric_catalog import CATALOG, SERIES_MAX, Kind, series_max
 from mppnode.observe.metric_labels import OTHER, Vocabulary
 from mppnode.observe.metrics import Metrics
