@@ -292,7 +292,8 @@ class PaidChat:
         self.cost = Pico(min(total, self.tab.cap_pico))
         last = b"".join(self._last_frames(stream, ending, tally))
         if self.record is not None:
-            await self.record.end(last + sse.DONE, complete=ending is Ending.COMPLETE)
+            # Cut off at its own limit an answer is whole to its caller, who would pay for another one.
+            await self.record.end(last + sse.DONE, complete=ending in (Ending.COMPLETE, Ending.OVERRUN))
         await self.settle(self.cost, ending)
         if ending is Ending.COMPLETE:
             self._engine.learn(answer.listing, tally)
