@@ -118,6 +118,22 @@ class Bookkeeper:
         grown = self._trust.start_cents + max(paid_cents, 0) * self._trust.growth_bps // _BPS
         return max(account.terms.trust_limit, min(grown, self._trust.max_cents) * PICO_PER_CENT)
 
+    async def renew_limit(self, account: AccountId) -> None:
+        """Let a billed account owe what its terms and all it has paid allow; a repeat changes nothing."""
+        at = self.books.clock.now_millis()
+
+        def talk() -> Talk[None]:
+            credit = yield from credit_talk.load_credit(account, lock=True)
+            row = yield from credit_lists.find_account(By.ID, account)
+            owner = None if row is None else read_account(row)
+            if credit is None or owner is None or owner.billing.subscription is None:
+                return
+            limit = self.trust_limit(owner, (yield from _paid_cents(account, frozenset())))
+            if limit != credit.overdraft:
+                yield from credit_talk.change_account(account, lambda found: found, at, limit)
+
+        await self.books.write(talk, of=account)
+
     async def paid_cents(self, account: AccountId) -> int:
         """Whole cents an account has paid and not got back."""
         return await self.books.read(lambda: _paid_cents(account, frozenset()))

@@ -145,7 +145,7 @@ class Billing:
             raise told(fault, self._log, "portal") from None
 
     async def subscribe(self, account: Account) -> None:
-        """Bill a post-paid account for its usage; a second time changes nothing.
+        """Bill a post-paid account for its usage; a second time only lets it owe what its terms now allow.
 
         Raises:
             NodeFault: ``CONFLICT`` naming ``terms`` or ``card`` for an account that cannot be billed so, or whose card
@@ -157,6 +157,7 @@ class Billing:
         current = await self._read(account.id)
         billing = current.billing
         if billing.subscription is not None:
+            await self.keeper.renew_limit(account.id)
             return
         if billing.card is None or billing.customer is None:
             raise NodeFault(NodeReason.CONFLICT, field="card", detail="must be saved first")

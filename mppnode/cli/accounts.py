@@ -11,10 +11,11 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any, Final, NoReturn, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeAlias
 
 import aiohttp
 
@@ -26,9 +27,10 @@ from channels.units import PICO_PER_UNIT, Pico, parse_decimal
 from mppnode.accounts.documents import read_account
 from mppnode.accounts.forms import Gift, read_key_form, read_opening, read_operated, read_reference, read_rotation
 from mppnode.accounts.keyring import Accounts, Keyring, Made
-from mppnode.accounts.model import Account
+from mppnode.accounts.model import Account, Postpaid
 from mppnode.billing.workers import DAY_S
 from mppnode.cli.serve import CANNOT_START, read_config, run
+from mppnode.config.billing import BillingConfig
 from mppnode.config.schema import Config
 from mppnode.http.account_json import account_json, credits_json, entry_json, key_json
 from mppnode.kernel.clock import SystemClock
@@ -39,6 +41,9 @@ from mppnode.ledger.credits import Credits
 from mppnode.observe.logs import quiet
 from mppnode.parts import World, open_ledger
 from mppnode.paying import billing_with
+
+if TYPE_CHECKING:
+    from mppnode.billing.service import Billing
 
 _BAD: Final = 2
 _FAILED: Final = 1
@@ -171,6 +176,8 @@ _ACCOUNT: Final = ("id", "trust", "kind", "terms", "trust_limit.usd", "suspended
 async def _create(desk: _Desk) -> None:
     options = desk.options
     body = {"trust": options.trust, "kind": options.kind, "email": options.email, **_terms_body(options)}
+    if options.terms == "postpaid" and desk.config.billing is not None:
+        _refuse("an account begins prepaid: nobody could be billed before a card is saved")
     account = await desk.accounts.create(read_opening(_bytes(body)))
     _put(desk, [account_json(account)], _ACCOUNT)
 
@@ -202,7 +209,16 @@ async def _change(desk: _Desk, body: dict[str, Any]) -> None:
 
 
 async def _terms(desk: _Desk) -> None:
-    await _change(desk, _terms_body(desk.options))
+    account, form = await desk.account(), read_operated(_bytes(_terms_body(desk.options)))
+    if desk.config.billing is None or not isinstance(form.terms, Postpaid):
+        changed, _ = await desk.accounts.change(account.id, form)
+    else:
+        async with _billing(desk, desk.config.billing) as billing:
+            # As the admin API: billed first, then trusted, and then as far as what was paid allows.
+            await billing.subscribe(replace(account, terms=form.terms))
+            changed, _ = await desk.accounts.change(account.id, form)
+            await billing.subscribe(changed)
+    _put(desk, [account_json(changed)], _ACCOUNT)
 
 
 def _terms_body(options: argparse.Namespace) -> dict[str, Any]:
@@ -310,15 +326,7 @@ async def _reconcile(desk: _Desk) -> int:
     billing = desk.config.billing
     if billing is None:
         _refuse("the configuration has no [billing]: there is nothing to compare with")
-    async with aiohttp.ClientSession(trust_env=False) as session:
-        try:
-            service = billing_with(
-                billing, desk.config, desk.world, desk.books, session=session, ledger=desk.ledger, node=_no_node
-            )
-        except ValueError as error:
-            _refuse(str(error))
-        # Before anything is booked: whether the key is of the mode the configuration says.
-        await service.start()
+    async with _billing(desk, billing) as service:
         now = desk.world.clock.now()
         found = await service.reconcile(now - desk.options.days * DAY_S, now)
     differences = [asdict(one) for one in found.differences]
@@ -334,6 +342,20 @@ async def _reconcile(desk: _Desk) -> int:
             f" {found.booked} of them booked now; {found.foreign} payments of no account of this node"
         )
     return _FAILED if differences else 0
+
+
+@asynccontextmanager
+async def _billing(desk: _Desk, config: BillingConfig) -> AsyncIterator[Billing]:
+    """The configured Stripe account, of the mode that the configuration says."""
+    async with aiohttp.ClientSession(trust_env=False) as session:
+        try:
+            billing = billing_with(
+                config, desk.config, desk.world, desk.books, session=session, ledger=desk.ledger, node=_no_node
+            )
+        except ValueError as error:
+            _refuse(str(error))
+        await billing.start()
+        yield billing
 
 
 def _no_node() -> NodeId:

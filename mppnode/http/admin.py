@@ -162,6 +162,8 @@ class AdminSurface:
             # operator writes the invoices.
             await self._billing.subscribe(replace(account, terms=form.terms))
         changed, secret = await self._accounts.change(account.id, form)
+        if self._billing is not None and isinstance(form.terms, Postpaid):
+            await self._billing.subscribe(changed)  # what was agreed is the least it may owe: it may have grown beyond
         return answer(with_secret(account_json(changed), secret))
 
     # ---------------------------------------------------------------------------------------------------------- keys

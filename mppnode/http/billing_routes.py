@@ -44,7 +44,7 @@ class BillingPort(Protocol):
         ...
 
     async def subscribe(self, account: Account) -> None:
-        """See to it that a post-paid account is billed; a repeat changes nothing. Raises ``CONFLICT``."""
+        """See to it that a post-paid account is billed; a repeat sees to what it may owe. Raises ``CONFLICT``."""
         ...
 
     async def webhook(self, body: bytes, signature: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from channels.units import Pico
 from mppnode.accounts.forms import AccountForm
 from mppnode.accounts.keyring import Accounts
 from mppnode.accounts.model import Postpaid, Prepaid, Recharge
-from tests.billing.kit import DOLLAR, HOUR, Desk
+from tests.billing.kit import CENT, DOLLAR, HOUR, Desk
 
 RECHARGE = Recharge(200, 1_000, 2_000)
 
@@ -129,3 +130,27 @@ async def test_terms_that_go_to_and_fro_bill_each_cent_once(desk: Desk) -> None:
     credit = await desk.credit("acct_1")
     assert (reported(), credit.owed, credit.balance) == (4_000_000, 9 * DOLLAR, 0)
     assert (await desk.read("acct_1")).suspended_at is None
+
+
+async def test_what_was_agreed_is_the_least_that_may_be_owed(desk: Desk) -> None:
+    """Terms an operator sets leave a customer the limit of a beginner, and the one grown by what was paid, at least."""
+    account = await desk.with_card("acct_1")
+    accounts = Accounts(desk.books, clock=desk.clock, entropy=lambda size: b"e" * size)
+
+    async def agree(cents: int) -> int:
+        """As the admin API does it."""
+        terms = Postpaid(Pico(cents * CENT))
+        await desk.billing.subscribe(replace(account, terms=terms))
+        changed, _ = await accounts.change(account.id, AccountForm({}, terms=terms))
+        await desk.billing.subscribe(changed)
+        return (await desk.credit("acct_1")).overdraft
+
+    assert await agree(0) == DOLLAR
+    assert await agree(700) == 7 * DOLLAR
+    await desk.billing.buy(account, 2_000)
+    desk.peer.complete_checkout(desk.peer.of("checkout.session")[0]["id"])
+    await desk.deliver_all()
+    assert await agree(50) == 3 * DOLLAR  # a dollar, and ten cents for each of twenty
+    await accounts.change(account.id, AccountForm({}, terms=Prepaid()))
+    assert (await desk.credit("acct_1")).overdraft == 0
+    assert len(desk.peer.of("subscription")) == 1

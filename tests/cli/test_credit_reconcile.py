@@ -77,3 +77,20 @@ async def test_a_comparison_that_cannot_be_made_says_why(shop: Desk, peer: Strip
     refused = await shop.run("credits", "reconcile", config="selling.toml")
     assert (refused.status, refused.out) == (1, "")
     assert "stranger" not in refused.err
+
+
+async def test_nobody_is_trusted_who_could_not_be_billed(shop: Desk) -> None:
+    """Where money comes through Stripe, post-paid terms need a card and a metered price, by command as by the admin API."""
+    opened = await shop.run("accounts", "create", "eve", "--terms", "postpaid", "--trust-limit", "5", config="selling.toml")
+    assert (opened.status, opened.out) == (2, "")
+    assert (await shop.run("accounts", "create", "ada", config="selling.toml")).status == 0
+    terms = await shop.run("accounts", "terms", "ada", "postpaid", "--trust-limit", "5", config="selling.toml")
+    assert (terms.status, terms.out) == (2, "")
+    assert "metered" in terms.err
+    billing = (shop.folder / "selling.toml").read_text().replace("livemode", 'meter = "usage"\nmeter_price = "price_usage"\nlivemode')
+    (shop.folder / "metered.toml").write_text(billing)
+    cardless = await shop.run("accounts", "terms", "ada", "postpaid", "--trust-limit", "5", config="metered.toml")
+    assert (cardless.status, cardless.out) == (2, "")
+    assert "card" in cardless.err
+    shown = await shop.run("accounts", "show", "ada", "--json", config="selling.toml")
+    assert (shown.records[0]["terms"], shown.records[0]["credits"]["available"]["usd"]) == ("prepaid", "0.000000")

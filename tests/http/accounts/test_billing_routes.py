@@ -142,6 +142,6 @@ async def test_nobody_becomes_post_paid_who_would_not_be_billed(shop: Office, ti
     assert (await shop.rule("GET", f"/accounts/{account.id}")).json["terms"] == "prepaid"
     till.fault = None
     assert (await shop.rule("PATCH", f"/accounts/{account.id}", terms)).json["terms"] == "postpaid"
-    assert till.asked == [("subscribe", account.id, Postpaid(Pico(10**12)))]
+    assert till.asked == [("subscribe", account.id, Postpaid(Pico(10**12)))] * 2
     early = await shop.rule("POST", "/accounts", {"trust": "second", **terms})
     assert (early.status, early.param) == (409, "terms")
