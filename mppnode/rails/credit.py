@@ -112,7 +112,10 @@ class CreditRail:
             # The sweep ends it if it was reserved all the same and only the answer was lost.
             self._holds.discard(hold)
             if isinstance(error, CreditFault):
-                raise self._refused(error, need, chat) from None
+                refused = self._refused(error, need, chat)
+                if isinstance(refused, NodeFault):
+                    refused.headers = pacing.before
+                raise refused from None
             raise
         return CreditTab(
             self,
@@ -290,12 +293,15 @@ class _Pacing:
     now: UnixMicros
     taken: Taken | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    before: Mapping[str, str] = field(default_factory=dict)
+    """What a refusal for something else says, which takes nothing."""
 
     def take(self, row: tuple[int, ...] | None) -> tuple[int, ...] | None:
         """The key's buckets after this request. Raises ``LIMIT_REACHED``."""
         if self.limits.rpm is None and self.limits.tpm is None:
             return None
         before = _pace_of(row)
+        self.before = rate_headers(before, self.limits, self.now)
         after, verdict = admit(before, self.limits, self.tokens, self.now)
         self.headers = rate_headers(after, self.limits, self.now)
         if isinstance(verdict, Wait):

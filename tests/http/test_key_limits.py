@@ -58,8 +58,9 @@ async def test_a_refusal_takes_nothing_of_the_limits(world: World, why: str) -> 
     if gate:
         await world.eventually(lambda: world.net.provider.live == 1)
         tokens = 10
-    statuses = {(await customer.send(chat("dev/story", max_tokens=tokens))).status for _ in range(5)}
-    assert statuses <= {402, 403, 429}
+    refused = [await customer.send(chat("dev/story", max_tokens=tokens)) for _ in range(5)]
+    assert {reply.status for reply in refused} <= {402, 403, 429}
+    assert {_left(reply.headers, "requests") for reply in refused} == {9 if gate else 10}, "told on every answer"
     if gate and asking:
         await gate.release(100)
         await asking
