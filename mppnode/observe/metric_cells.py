@@ -83,7 +83,8 @@ def _joined(rule: Merge, one: Value, other: Value) -> Value:
             case Merge.MIN:
                 return Reading(min(one.value, other.value), at_ms)
             case Merge.RECENT:
-                return other if other.at_ms >= one.at_ms else one
+                # Of two of one millisecond the larger, so that everybody who is scraped shows the same.
+                return max(one, other, key=lambda reading: (reading.at_ms, reading.value))
     assert not isinstance(one, Reading | Observed)
     assert not isinstance(other, Reading | Observed)
     return one + other

@@ -95,7 +95,7 @@ class SharedFolder:
                 self._write(own)
             except OSError:
                 self.failures += 1  # the numbers are shown all the same: an operator of a full disk needs them
-            return merged((*self._others(), own))
+            return merged(self._everybodys(own))
 
     def flush(self, take: Callable[[], Snapshot]) -> None:
         """Write what this process has counted; call it every second or so, that a killed one loses little."""
@@ -110,13 +110,17 @@ class SharedFolder:
         self.flush(take)
         os.close(self._held)
 
-    def _others(self) -> list[Snapshot]:
+    def _everybodys(self, own: Snapshot) -> list[Snapshot]:
+        """All snapshots in the order of their slots, whoever asks. Sums of floats depend on the order, and a counter
+        that two processes show with different last bits falls every time the other one is scraped.
+        """
         found = []
         unreadable = 0
         numbers = (path.stem for path in self._folder.glob("*.json"))
-        slots = sorted(int(number) for number in numbers if number.isdecimal() and len(number) <= _DIGITS_MAX)
-        for slot in slots[:SLOTS_MAX]:
+        slots = {int(number) for number in numbers if number.isdecimal() and len(number) <= _DIGITS_MAX}
+        for slot in sorted({*slots, self.slot}):
             if slot == self.slot:
+                found.append(own)
                 continue
             try:
                 alive = self._is_held(slot)

@@ -1,6 +1,7 @@
 """Several processes count as one node: sums that survive kill -9, gauges that do not, and counters that never fall."""
 
 import contextlib
+import fcntl
 import json
 import os
 import signal
@@ -138,6 +139,61 @@ def test_each_metric_is_joined_by_its_own_rule(tmp_path):
     early.metrics.close()
 
 
+def test_everybody_shows_the_same_bits(tmp_path):
+    """Floats are added in one order: a counter whose last bit depends on who is scraped would fall and be a reset."""
+    workers = [Worker(tmp_path) for _ in range(3)]
+    for worker, seconds in zip(workers, (0.1, 0.2, 0.3), strict=True):
+        worker.metrics.loop_lag(seconds)
+        worker.metrics.keys_active(int(seconds * 10))  # all in one millisecond
+        worker.metrics.flush()
+    assert (0.1 + 0.2) + 0.3 != (0.2 + 0.3) + 0.1
+    assert len({worker.scrape("mppnode_loop_lag_seconds_sum") for worker in workers}) == 1
+    assert {worker.scrape("mppnode_keys_active") for worker in workers} == {3}
+    for worker in workers:
+        worker.kill()
+
+
+def test_who_asks_for_a_life_is_not_taken_for_one(tmp_path):
+    """Two that look at a dead process's slot at the same moment both find it dead."""
+    watch, dead = Worker(tmp_path), Worker(tmp_path)
+    dead.metrics.pause_began()
+    dead.metrics.flush()
+    dead.kill()
+    with (tmp_path / "1.lock").open() as other:
+        fcntl.flock(other, fcntl.LOCK_SH)
+        assert watch.scrape(PAUSED) == 0
+    watch.metrics.close()
+
+
+def test_a_new_owner_of_a_slot_does_not_revive_gauges(tmp_path):
+    """From the moment a slot is taken over, what its last owner had running is gone and what it counted is there."""
+    watch, dead = Worker(tmp_path), Worker(tmp_path)
+    dead.metrics.pause_began()
+    dead.metrics.channel_opened()
+    dead.metrics.flush()
+    assert watch.scrape(PAUSED) == 1
+    dead.kill()
+    again = Worker(tmp_path)
+    assert (again.shared.slot, watch.scrape(PAUSED), watch.scrape(OPENED)) == (1, 0, 1)
+    again.metrics.close()
+    watch.metrics.close()
+
+
+def test_snapshots_are_taken_in_turns(tmp_path):
+    """A snapshot is taken and written in one turn: an older one cannot come after a newer one."""
+    shared = SharedFolder(tmp_path, Vocabulary())
+    turns = []
+
+    def take():
+        turns.append(shared._turn.locked())
+        return Snapshot()
+
+    shared.exchange(take)
+    shared.flush(take)
+    shared.close(take)
+    assert turns == [True] * 3
+
+
 def test_money_of_any_size_goes_through_a_file_exactly():
     """Twenty thousand million dollars and one pico-dollar are the same number after they were written and read."""
     cells = {CHARGED: {("session",): 2 * 10**22 + 1}}
@@ -237,7 +293,7 @@ GOOD = json.dumps({"format": 1, "metrics": {OPENED: [[[], 3]]}}).encode()
                 {"mppnode_loop_lag_seconds": [[[], [1.5] * 11, 3.0]]},
             )
         ),
-        b" " * (FILE_BYTES_MAX + 1),
+        GOOD + b" " * (FILE_BYTES_MAX + 1 - len(GOOD)),
     ],
 )
 def test_a_broken_file_is_counted_and_left_out(tmp_path, data):
