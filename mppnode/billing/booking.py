@@ -92,8 +92,15 @@ class Bookkeeper:
         self._probe("book.after")
         return done
 
-    async def change(self, account: AccountId, event: str | None, change: Callable[[Account], Account]) -> bool:
-        """Change an account as an ``event`` says; False when it was taken in before."""
+    async def change(
+        self,
+        account: AccountId,
+        event: str | None,
+        change: Callable[[Account], Account],
+        *,
+        overdraft: int | None = None,
+    ) -> bool:
+        """Change an account, and with it what it may owe, as an ``event`` says; False when it was taken in before."""
 
         def talk(at: UnixMillis) -> Talk[bool]:
             yield from credit_talk.load_credit(account, lock=True)
@@ -101,7 +108,7 @@ class Bookkeeper:
                 return False
             row = yield from credit_lists.find_account(By.ID, account)
             if row is not None and account_row(change(read_account(row))) != row:
-                yield from credit_talk.change_account(account, partial(changed, change), at)
+                yield from credit_talk.change_account(account, partial(changed, change), at, overdraft)
             return True
 
         at = self.books.clock.now_millis()

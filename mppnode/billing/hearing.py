@@ -36,6 +36,7 @@ from mppnode.gateways.stripe_events import (
     Refunded,
     RefundFailed,
     StripeEvent,
+    SubscriptionEnded,
 )
 from mppnode.ledger import credit_grants, credit_lists, credit_talk
 from mppnode.ledger.credit_lists import By
@@ -52,6 +53,8 @@ USD: Final = "usd"
 """The only currency anything is sold in; another one is not ours to convert."""
 FORGOTTEN: Final = "customer"
 """A task of this kind is kept for each customer that was deleted at Stripe."""
+ENDED: Final = "subscription"
+"""A task of this kind is kept for each subscription that has ended at Stripe."""
 SAVED: Final = "card"
 """A task of this kind is kept for the newest card of an account: when Stripe says it was saved."""
 _REFUNDS: Final[Mapping[str | None, RefundState]] = MappingProxyType(
@@ -109,6 +112,8 @@ class Hearer:
                 await self._invoice_failed(event, event.what)
             case CustomerDeleted():
                 await self._customer_deleted(event, event.what.customer)
+            case SubscriptionEnded():
+                await self._subscription_ended(event, event.what)
             case MeterErrors():
                 for error in await self._stripe.meter_errors(event.id):
                     self._log("billing.meter", level=Level.ERROR, code=error.code, count=error.count)
@@ -225,7 +230,21 @@ class Hearer:
         # Its name is part of the next one's idempotency key: Stripe would answer the old key with the deleted one.
         task = Task(_forgotten(customer), FORGOTTEN, account.id, at, "{}", TaskState.DONE, created_ms=at)
         await self._books.add_task(task)
-        await self._keeper.change(account.id, event.id, partial(_without, customer))
+        await self._keeper.change(account.id, event.id, partial(_without, customer), overdraft=0)
+
+    async def _subscription_ended(self, event: StripeEvent, what: SubscriptionEnded) -> None:
+        account = await self._by_customer(what.customer)
+        if account is None:
+            await self._pass(event, _UNKNOWN)
+            return
+        if account.billing.subscription == what.subscription:
+            self._log("billing.subscription_ended", level=Level.ERROR, account=account.id)
+        at = self._books.clock.now_millis()
+        # As above: under the old key Stripe would answer with the subscription that has ended.
+        name = f"{ENDED}-{what.subscription}"
+        await self._books.add_task(Task(name, ENDED, account.id, at, "{}", TaskState.DONE, created_ms=at))
+        # Nobody would be billed for what it goes on using: it may owe nothing more until it is subscribed again.
+        await self._keeper.change(account.id, event.id, partial(_unsubscribed, what.subscription), overdraft=0)
 
     # ----------------------------------------------------------------------------------------------------------- whose
 
@@ -329,6 +348,13 @@ def _saved(
 
 def _with_card(card: str, account: Account) -> Account:
     return replace(account, billing=replace(account.billing, card=card))
+
+
+def _unsubscribed(subscription: str, account: Account) -> Account:
+    """The account without what has ended, unless it has another subscription by now."""
+    if account.billing.subscription != subscription:
+        return account
+    return replace(account, billing=replace(account.billing, subscription=None))
 
 
 def _without(customer: str, account: Account) -> Account:

@@ -14,7 +14,7 @@ from mppnode.accounts.model import Account, Postpaid
 from mppnode.billing.alerts import AlertWorker
 from mppnode.billing.booking import Bookkeeper, changed
 from mppnode.billing.faults import told
-from mppnode.billing.hearing import FORGOTTEN, Hearer
+from mppnode.billing.hearing import ENDED, FORGOTTEN, Hearer
 from mppnode.billing.meters import Meters
 from mppnode.billing.recharge import Recharger
 from mppnode.billing.reconcile import Reconciled, Reconciler
@@ -177,6 +177,9 @@ class Billing:
 
     async def _subscribe(self, account: Account, customer: str, card: str, price: str) -> str:
         name = f"{account.id}-{card}-{price}-{self._config.threshold_cents}"
+        ended = await self._books.read(lambda: tasks(account.id, ENDED, None, 1))
+        if ended:
+            name = f"{name}-{ended[0].id}"
         await self._stripe.set_default_card(customer=customer, payment_method=card, key=name)
         # Looked for first: after a day Stripe has forgotten the key of one whose answer we never got.
         for known in await self._stripe.subscriptions_of(customer):

@@ -221,6 +221,14 @@ class CustomerDeleted:
 
 
 @dataclass(frozen=True)
+class SubscriptionEnded:
+    """Nothing a customer uses is invoiced any more: it was cancelled, by an operator or on the portal's page."""
+
+    subscription: str
+    customer: str
+
+
+@dataclass(frozen=True)
 class MeterErrors:
     """Stripe could not use some meter events; the details are fetched by the event's id."""
 
@@ -246,6 +254,7 @@ Happening = (
     | InvoicePaid
     | InvoiceFailed
     | CustomerDeleted
+    | SubscriptionEnded
     | MeterErrors
     | Ignored
 )
@@ -510,6 +519,10 @@ def _customer_deleted(_: str, customer: Fields) -> Happening:
     return CustomerDeleted(customer.id())
 
 
+def _subscription_ended(_: str, subscription: Fields) -> Happening:
+    return SubscriptionEnded(subscription.id(), subscription.must_ref("customer"))
+
+
 _READERS: Final[Mapping[str, Callable[[str, Fields], Happening]]] = MappingProxyType(
     {
         "checkout.session.completed": _checkout,
@@ -527,6 +540,7 @@ _READERS: Final[Mapping[str, Callable[[str, Fields], Happening]]] = MappingProxy
         "invoice.paid": _invoice_paid,
         "invoice.payment_failed": _invoice_failed,
         "customer.deleted": _customer_deleted,
+        "customer.subscription.deleted": _subscription_ended,
     }
 )
 HANDLED: Final = frozenset({*_READERS, "v1.billing.meter.error_report_triggered", "v1.billing.meter.no_meter_found"})

@@ -20,7 +20,7 @@ DONE_MS: Final = 90 * _DAY_MS
 _BITE: Final = 500  # rows of one transaction: a few milliseconds
 
 # Every other kind is kept for good: each of its tasks is the only memory of something that must not happen twice
-# (grant, recharge, customer, reconciled) or of how things stand (suspension, card).
+# (grant, recharge, customer, subscription, reconciled) or of how things stand (suspension, card).
 _HEARD: Final = (
     "DELETE FROM heard WHERE id IN (SELECT id FROM heard WHERE at_ms < ? LIMIT ?) RETURNING 1"
 )

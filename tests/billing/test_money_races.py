@@ -154,3 +154,24 @@ async def test_what_was_agreed_is_the_least_that_may_be_owed(desk: Desk) -> None
     await accounts.change(account.id, AccountForm({}, terms=Prepaid()))
     assert (await desk.credit("acct_1")).overdraft == 0
     assert len(desk.peer.of("subscription")) == 1
+
+
+@pytest.mark.parametrize("ended", ["subscription", "customer"])
+async def test_who_is_billed_no_more_may_owe_no_more(desk: Desk, ended: str) -> None:
+    """A subscription cancelled on the portal ends the trust, in any order and number of copies, and can be begun again."""
+    account = await desk.subscribed()
+    (old,) = desk.peer.of("subscription")
+    await desk.spend("acct_1", DOLLAR // 2)
+    kind = "customer.subscription.deleted" if ended == "subscription" else "customer.deleted"
+    old["status"] = "canceled"
+    desk.peer.emit(kind, old if ended == "subscription" else desk.peer.of("customer")[0])
+    for _ in range(3):
+        await desk.deliver(desk.events(kind)[0])
+    assert (await desk.read("acct_1")).billing.subscription is None
+    assert (await desk.credit("acct_1")).headroom == -DOLLAR // 2
+    if ended == "subscription":
+        await desk.billing.subscribe(account)
+        assert (await desk.read("acct_1")).billing.subscription == desk.peer.of("subscription")[1]["id"]
+        assert (await desk.credit("acct_1")).overdraft == DOLLAR
+        await desk.deliver({**desk.events(kind)[0], "id": "evt_late"})
+        assert (await desk.credit("acct_1")).overdraft == DOLLAR

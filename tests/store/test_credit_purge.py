@@ -17,7 +17,7 @@ from tests.store.shops import LEDGERS, Shop
 
 pytestmark = pytest.mark.parametrize("shop", LEDGERS, indirect=True)
 DAY_MS = 86_400_000
-KEPT = ("grant", "recharge", "suspension", "card", "customer", "reconciled")
+KEPT = ("grant", "recharge", "suspension", "card", "customer", "subscription", "reconciled")
 
 
 async def add(books: Credits, kind: str, days: int, state: TaskState = TaskState.DONE, account: AccountId = ACCOUNT) -> str:

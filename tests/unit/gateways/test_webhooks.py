@@ -241,6 +241,7 @@ STORIES: list[tuple[str, dict[str, Any], events.Happening]] = [
     ("invoice.payment_failed", OPEN | {"last_finalization_error": {"code": "card_declined"}}, events.InvoiceFailed("in_1", "cus_1", 1500, "usd", 2, "card_declined", "sub_1", READ, 2000)),
     ("invoice.payment_failed", OPEN | {"customer": None}, events.Ignored("invoice.payment_failed")),
     ("customer.deleted", {"id": "cus_1"}, events.CustomerDeleted("cus_1")),
+    ("customer.subscription.deleted", {"id": "sub_1", "customer": "cus_1"}, events.SubscriptionEnded("sub_1", "cus_1")),
     ("invoice.created", {"anything": ["at", "all"]}, events.Ignored("invoice.created")),
 ]
 
@@ -281,6 +282,7 @@ BROKEN: list[tuple[str, dict[str, Any]]] = [
         ("amount_remaining", None), ("amount_remaining", 1.5), ("attempt_count", "2"), ("last_finalization_error", 7), ("last_finalization_error", {"code": "two words"}),
     )],
     ("customer.deleted", {}),
+    ("customer.subscription.deleted", {"id": "sub_1"}),
 ]
 
 
