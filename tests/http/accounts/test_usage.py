@@ -149,7 +149,8 @@ async def test_a_long_table_is_sent_in_pages(desk: Office) -> None:
         ("since=99999999999999999999", "since"), ("group_by=user", "group_by"), ("group_by=key,key", "group_by"), ("group_by=", "group_by"), ("limit=0", "limit"),
         ("limit=1001", "limit"), ("limit=٣", "limit"), ("format=xml", "format"), ("cursor=%00", "cursor"), ("cursor=WzFd", "cursor"),
         ("cursor=WzEsImEiXQ==", "cursor"), ("cursor=WyIxIiwiYSJd", "cursor"), ("key=%00", "key"), ("model=%0A", "model"), ("limit=1&limit=2", "limit"),
-        ("group_by=day&limit=3", "group_by"),
+        ("group_by=day&limit=3", "group_by"), ("since=2026-01-01T00:00:00", "since"), ("since=2026-01-01", "since"), ("until=2026-02-30T00:00:00Z", "until"),
+        ("since=2026-01-02T00:00:00Z&until=2026-01-01T00:00:00Z", "until"), ("since=2026-01-01T00:00:00Z&until=2026-01-01T01:00:00+01:00", "until"),
     ],
 )
 async def test_a_wrong_query_is_refused_by_name(desk: Office, query: str, named: str) -> None:
