@@ -12,10 +12,11 @@ import pytest
 
 from channels.credit import Fold, Settle
 from channels.faults import ChannelFault, Reason
+from mppnode.engine.stream import StreamLimits
 from mppnode.ledger.credits import Credits
 from tests.http.test_keyed import KEY, PROMPT_PICO, agree
 from tests.support.customers import Customer, customers_of, new_customer
-from tests.support.http_client import World, chat, cost
+from tests.support.http_client import PATH, World, chat, cost
 
 HELD = cost(40, 12)
 """The most a request for 40 tokens with the default text may hold: 11 bytes of prompt are at most 12 tokens."""
@@ -154,3 +155,35 @@ async def test_a_sweep_beats_the_bill_only_once(world: World) -> None:
     await world.settled()
     credit = await customer.credit()
     assert (credit.owed, dict(credit.holds)) == (0, {})
+
+
+async def test_a_fenced_node_ends_its_streams_at_what_was_delivered(world: World) -> None:
+    """Its life in the ledger over, the node delivers nothing more; what had left is charged, and nothing stays held."""
+    customer = await new_customer(world)
+    gate = world.gate(lent=5)
+    async with customer.stream(chat("dev/story", max_tokens=40), headers=KEY) as stream:
+        await stream.tokens(5)
+        customers_of(world).rail.end_everything()
+        await stream.rest()
+    await gate.release(100)
+    assert stream.text_chunks == 5
+    assert cost(5, 1) <= await agree(customer) <= cost(5, 12)
+    assert await ending(customer) == "superseded"
+
+
+async def test_a_client_that_stalls_is_charged_what_it_took(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that stops reading is cut off: what waits for it in this process is not its bill."""
+    monkeypatch.setattr(world.net.node._engine, "_limits", StreamLimits(stall_s=0.05))
+    customer = await new_customer(world)
+    body = json.dumps(chat("dev/never-ends", max_tokens=20_000)).encode()
+    head = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nAuthorization: {customer.bearer}\r\nContent-Length: {len(body)}\r\n\r\n"
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(world.net.node.url.rpartition(":")[2]), limit=1_024)
+    writer.write(head.encode() + body)
+    await world.eventually(lambda: world.net.provider.live == 1)
+    await world.eventually(lambda: world.net.provider.live == 0)
+    charged = await agree(customer)
+    assert await ending(customer) == "stalled"
+    assert 0 < charged < cost(20_000, 1)
+    got = await reader.read(1_024)
+    assert got.startswith(b"HTTP/1.1 200 OK")
+    writer.close()
