@@ -14,6 +14,7 @@ from mppnode.engine.lookup import look_up
 from mppnode.engine.market import STRANGER, Caller, Market, Quote, Route
 from mppnode.engine.paid import PaidChat
 from mppnode.engine.record import Record
+from mppnode.engine.report import Reporter
 from mppnode.engine.stream import Ending, StreamLimits
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.faults import NodeFault, NodeReason
@@ -26,7 +27,8 @@ from mppnode.kernel.usage import Usage
 from mppnode.metering.calibration import Calibration
 from mppnode.metering.tally import Tally, TokenSource, prompt_tokens_charged, prompt_tokens_held
 from mppnode.observe.logs import Level, Log
-from mppnode.providers.base import Call, Lookup, PriceCap, Transport
+from mppnode.observe.metrics import Metrics
+from mppnode.providers.base import Call, Lookup, PriceCap, Transport, UpstreamFault
 from mppnode.rails.base import Need, Offer, Purchase, Tab
 
 _FIRST_WINDOW_TOKENS: Final = 64
@@ -57,9 +59,12 @@ class ChatEngine:
         counters: Mapping[tuple[str, str], Counter],
         attempts_max: int = 3,
         probe: Probe = unwatched,
+        metrics: Metrics | None = None,
     ) -> None:
         """``attempts_max`` is how many providers a request may wait for in vain before it has failed."""
         self.probe = probe
+        self.metrics = metrics if metrics is not None else Metrics.unseen(clock)
+        self.reporter = Reporter(log, self.metrics, clock)
         self._attempts_max = attempts_max
         self._market = market
         self._transport = transport
@@ -113,7 +118,13 @@ class ChatEngine:
             ChannelFault: ``INVALID_CHALLENGE`` when prices have risen above what the challenge quoted.
             NodeFault: nobody could serve it.
         """
-        return self._market.route(chat, caller)
+        try:
+            route = self._market.route(chat, caller)
+        except NodeFault as fault:
+            self.reporter.unrouted(fault.excluded or {})
+            raise
+        self.reporter.routed(route)
+        return route
 
     async def start(
         self, purchase: Purchase, chat: ChatRequest, route: Route, *, request_id: str, record: Record | None = None
@@ -136,9 +147,9 @@ class ChatEngine:
             self.probe("connect.before")
             await run.connect(lambda: self._find(run, run.chat, route))
             self.probe("connect.after")
-        except BaseException:
+        except BaseException as error:
             # Also on cancellation: the hold must not outlive its request, so the owner ends it even if we are cut off.
-            await run.abandon(Ending.UPSTREAM_FAILED)
+            await run.abandon(_why(error))
             raise
         return run
 
@@ -155,10 +166,12 @@ class ChatEngine:
             try:
                 tab = await purchase.open(need, chat, request_id)
             except (ChannelFault, NodeFault) as fault:  # an answer, not a failed task
+                self.reporter.refused(purchase.rail, fault)
                 return fault
             able = _afforded(chat, need, tab)
             run = PaidChat(self, purchase, tab, able, route, request_id=request_id, record=record)
             self._running += 1
+            self.reporter.began(run)
             purchase.on_supersede(tab, run.supersede)
             return run
 
@@ -205,7 +218,11 @@ class ChatEngine:
             )
             outcome = await failover.attempt(listing, endpoint, call, watch, left=len(waiting) + 1)
             run.attempts = len(failover.trail) + 1
+            if isinstance(outcome, UpstreamFault):
+                self.reporter.tried(listing.provider, outcome.kind)
             if isinstance(outcome, Answer):
+                if not listing.rates.within(route.bound):
+                    self.metrics.ceiling_breached()
                 need = need_of(chat, listing.rates, listing.max_output)
                 run.tab.narrow(
                     token_pico=need.token_pico, reserve_pico=need.reserve_pico, cap_pico=need.cap_pico
@@ -283,26 +300,7 @@ class ChatEngine:
         finally:
             self._running -= 1
             run.purchase.done(run.tab)
-            tally, answer = run.tally, run.answer
-            self._log(
-                "request.ended",
-                request=run.request_id,
-                ending=ending.value,
-                model=None if answer is None else answer.listing.model,
-                provider=None if answer is None else answer.listing.provider,
-                strategy=run.strategy.value,
-                attempts=run.attempts,
-                tokens=0 if tally is None else tally.tokens,
-                token_source=None if tally is None else tally.source.value,
-                runs_on=ending is not Ending.COMPLETE and answer is not None and self._runs_on(answer),
-                stall_ms=run.stall_ms,
-                charged_pico=int(total),
-                **run.tab.logged(),  # type: ignore[arg-type]  # its fields; none is a level
-            )
-
-    def _runs_on(self, answer: Answer) -> bool:
-        """Whether a provider may go on generating, at our expense, when it is cut off."""
-        return not self._market.endpoints[answer.listing.provider].adapter.cancel_stops_billing
+            self.reporter.ended(run, total, ending, self._market)
 
     @property
     def stopping(self) -> bool:
@@ -323,6 +321,13 @@ class ChatEngine:
     def owner(self) -> TaskOwner:
         """Who owns the tasks of running requests."""
         return self._owner
+
+
+def _why(error: BaseException) -> Ending:
+    """How a request ended whose provider had not begun to answer."""
+    if isinstance(error, asyncio.CancelledError):
+        return Ending.DISCONNECTED
+    return Ending.SUPERSEDED if isinstance(error, ChannelFault) else Ending.UPSTREAM_FAILED
 
 
 def need_of(chat: ChatRequest, rates: Rates, max_output: int) -> Need:

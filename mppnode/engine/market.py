@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from types import MappingProxyType
 from typing import Any, Final, Protocol
@@ -111,6 +111,8 @@ class Route:
     rule: str
     decision: Mapping[str, Any] | None = None
     """What is told about the choice of a model, when the node made it."""
+    excluded: Mapping[str, int] = field(default_factory=dict)
+    """How many were left out, by reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +184,7 @@ class Market:
             strategy=decided.strategy,
             rule=decided.rule,
             decision=decision,
+            excluded=decided.excluded,
         )
 
     def watch(self, listing: Listing, *, streamed: bool) -> Watch | None:
@@ -195,6 +198,10 @@ class Market:
             return Readiness.UNAVAILABLE
         key = (listing.provider, listing.model)
         return _READINESS[self.router.health.standing(key, self.clock.monotonic())]
+
+    def runs_on(self, provider: str) -> bool:
+        """Whether a provider may go on generating, at our expense, when it is cut off."""
+        return not self.endpoints[provider].adapter.cancel_stops_billing
 
     def sellable(self, listing: Listing) -> bool:
         """Whether its price is recent enough to be sold at."""

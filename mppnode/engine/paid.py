@@ -61,7 +61,9 @@ class PaidChat:
         "record",
         "releasing",
         "request_id",
-        "stall_ms",
+        "serving",
+        "stalled_s",
+        "starved_s",
         "strategy",
         "tab",
         "tally",
@@ -93,13 +95,16 @@ class PaidChat:
         self.answer: Answer | None = None
         self.attempts = 0
         self.upstream: UpstreamResponse | None = None
+        self.serving = ""
+        """The provider that has taken the prompt last."""
         self._engine = engine
         self._stream: PaidStream | None = None
         self._settling = False
         self._superseded = False
         self._waiting: asyncio.Task[Any] | None = None
         self.releasing: asyncio.Task[None] | None = None
-        self.stall_ms = 0
+        self.starved_s = self.stalled_s = 0.0
+        """Seconds its stream waited for money, and for a client that did not read."""
         self.cost = Pico(0)
         self.record = record
         # Not an Event: a kilobyte each, and thousands of streams may wait for their payers at once.
@@ -112,6 +117,16 @@ class PaidChat:
             return 0
         usage = self.tally.usage()
         return usage.prompt + usage.completion
+
+    @property
+    def delivered(self) -> int:
+        """Output tokens its client has received as a stream."""
+        return 0 if self._stream is None else self._stream.delivered_tokens
+
+    @property
+    def paused(self) -> bool:
+        """Whether its stream ended while it waited for its payer."""
+        return self._stream is not None and self._stream.paused_at_end
 
     def facts(self, ending: Ending) -> Facts:
         """What became of this request."""
@@ -134,7 +149,7 @@ class PaidChat:
 
     def accepted(self, listing: Listing, response: UpstreamResponse | None) -> None:
         """Learn which provider has taken the prompt, and with None that it has failed after all."""
-        self.upstream = response
+        self.upstream, self.serving = response, listing.provider
         self.tally = None if response is None else self._engine.tally(self.chat, listing)
 
     async def connect(self, find: Callable[[], Awaitable[Answer]]) -> None:
@@ -194,6 +209,7 @@ class PaidChat:
             self.answer.watch.dropped()
         if self.upstream is not None:
             self.upstream.cancel()
+            self._engine.reporter.cancelled(self.serving)
             # Ended by us, or for a newer request, the caller is refused and pays nothing; nor for half an answer.
             if not self._superseded and self.chat.stream:
                 total, ending = self._forsaken(), Ending.DISCONNECTED
@@ -253,6 +269,7 @@ class PaidChat:
             hold_finish=self.chat.include_usage is None,
             early=answer.early,
             probe=self._engine.probe,
+            metrics=self._engine.metrics,
         )
         answer.early = ()
         if self._superseded:
@@ -271,7 +288,9 @@ class PaidChat:
             ending = await stream.run()
             if ending is Ending.UPSTREAM_FAILED and stream.error is not None:
                 answer.watch.broke(stream.error.kind)
+                self._engine.reporter.tried(answer.listing.provider, stream.error.kind)
             else:
+                self._engine.reporter.tried(answer.listing.provider)
                 seconds = self._engine.clock.monotonic() - begun - stream.starved_s
                 answer.watch.ended(tokens=tally.tokens, seconds=seconds)
             await self._finish(stream, sink, answer, tally, ending)
@@ -282,7 +301,9 @@ class PaidChat:
     async def _finish(self, stream: PaidStream, sink: Sink, answer: Answer, tally: Tally, ending: Ending) -> None:
         if ending not in (Ending.DISCONNECTED, Ending.STALLED) and not await stream.drained():
             ending = Ending.STALLED
-        self.stall_ms = round(stream.starved_s * 1000)
+        self.starved_s, self.stalled_s = stream.starved_s, stream.stalled_s
+        if stream.cancelled:
+            self._engine.reporter.cancelled(answer.listing.provider)
         if ending is Ending.COMPLETE:
             await self._engine.count(answer.listing, tally)
         total = stream.final_total(ending)
@@ -303,6 +324,8 @@ class PaidChat:
             self._engine.probe("receipt.before")
             sink.write(last + self.tab.receipt_frame(self._engine.clock.now_millis(), self.tokens) + sse.DONE)
             self._engine.probe("receipt.after")
+        elif ending is Ending.COMPLETE:
+            self._engine.reporter.left_at_the_end()
 
     def _last_frames(self, stream: PaidStream, ending: Ending, tally: Tally) -> list[bytes]:
         first, held, last = stream.first_chunk, stream.finish, []
@@ -350,6 +373,7 @@ class PaidChat:
         tally.count_whole(completion.text)
         tally.report = completion.usage
         answer.watch.ended(tokens=0, seconds=0.0)
+        self._engine.reporter.tried(answer.listing.provider)
         await self._engine.count(answer.listing, tally)
         self.cost = Pico(min(tally.total(), self.tab.granted, self.tab.cap_pico))
         document = completion.document

@@ -25,6 +25,8 @@ from mppnode.engine import frames
 from mppnode.engine.sink import Sink
 from mppnode.kernel.probe import Probe, unwatched
 from mppnode.metering.tally import Tally
+from mppnode.observe.metric_labels import PauseEnd
+from mppnode.observe.metrics import Metrics
 from mppnode.providers.base import Chunk, ChunkDecoder, UpstreamFault, UpstreamResponse
 from mppnode.rails.base import Tab
 
@@ -74,6 +76,7 @@ class PaidStream:
         "_hold_finish",
         "_limits",
         "_loop",
+        "_metrics",
         "_over_at",
         "_paused",
         "_pending",
@@ -95,9 +98,12 @@ class PaidStream:
         "_upstream_ended",
         "_written_bytes",
         "_written_pico",
+        "cancelled",
         "error",
         "finish",
         "first_chunk",
+        "paused_at_end",
+        "stalled_s",
         "starved_s",
     )
 
@@ -115,11 +121,13 @@ class PaidStream:
         hold_finish: bool = False,
         early: Sequence[Chunk] = (),
         probe: Probe = unwatched,
+        metrics: Metrics,
     ) -> None:
         """``early`` is what ``decoder`` has already made of the upstream's first reads; ``hold_finish`` keeps the last
         chunk with a finish reason for the caller of :meth:`run` to send.
         """
         self._probe = probe
+        self._metrics = metrics
         self._tokens_max = tokens_max
         self._hold_finish = hold_finish
         self._unfinished = choices
@@ -154,6 +162,13 @@ class PaidStream:
         self.finish = b""
         """The provider's last chunk with a finish reason, not yet sent."""
         self.starved_s = 0.0
+        """Waited for money, in seconds."""
+        self.stalled_s = 0.0
+        """Waited for a client that did not read, in seconds."""
+        self.paused_at_end = False
+        """Whether it ended while it waited for its payer."""
+        self.cancelled = False
+        """Whether the provider was cut off."""
 
     # ------------------------------------------------------------------------------------------------- life cycle
 
@@ -177,6 +192,8 @@ class PaidStream:
                 self._timer.cancel()
             if not self._upstream_ended:
                 self._upstream.cancel()
+                self.cancelled = True
+            self._end_waits()
 
     def final_total(self, ending: Ending) -> Pico:
         """The exact price of what the client received, in pico."""
@@ -335,15 +352,34 @@ class PaidStream:
             self.starved_s += now - self._starved_since
         self._starved_since = (self._starved_since or now) if starved else None
         # A slow ledger starves a stream too; only when it has answered is it the payer whose patience is measured.
-        self._unpaid_since = (self._unpaid_since or now) if starved and self._tab.starved else None
+        unpaid = starved and self._tab.starved
+        if unpaid and self._unpaid_since is None:
+            self._metrics.pause_began()
+            self._unpaid_since = now
+        elif not unpaid and self._unpaid_since is not None:
+            self._metrics.pause(now - self._unpaid_since, PauseEnd.PAID)
+            self._unpaid_since = None
         moved, self._seen_pico = self._drained_pico > self._seen_pico, self._drained_pico
         fresh = self._stalled_since is None or (moved and not full)  # slow is not stalled
+        if self._stalled_since is not None and (fresh or not stalled):
+            self.stalled_s += now - self._stalled_since
         self._stalled_since = (now if fresh else self._stalled_since) if stalled else None
         if (starved or stalled) != self._paused and not self._upstream_ended:
             self._paused = not self._paused
             (self._upstream.pause if self._paused else self._upstream.resume)()
         if starved or stalled:
             self._schedule()
+
+    def _end_waits(self) -> None:
+        """Count what it was waiting for when it ended."""
+        now = self._loop.time()
+        if self._stalled_since is not None:
+            self.stalled_s += now - self._stalled_since
+        if self._unpaid_since is not None:
+            self.paused_at_end = True
+            unpaid = self._ending.done() and not self._ending.cancelled() and self._ending.result() is Ending.UNPAID
+            self._metrics.pause(now - self._unpaid_since, PauseEnd.UNPAID if unpaid else PauseEnd.GONE)
+        self._stalled_since = self._unpaid_since = None
 
     def _delivered(self) -> int:
         """Pico of what has left this process."""

@@ -208,6 +208,7 @@ class Webhook(StrEnum):
     INVOICE_PAID = "invoice_paid"
     INVOICE_FAILED = "invoice_failed"
     CUSTOMER_DELETED = "customer_deleted"
+    SUBSCRIPTION_ENDED = "subscription_ended"
     METER_ERRORS = "meter_errors"
     IGNORED = "ignored"
 

@@ -94,6 +94,11 @@ class Metrics(Collector):
         self._streams_paused.put(0)
         registry.register(self)
 
+    @classmethod
+    def unseen(cls, clock: Clock) -> Metrics:
+        """Metrics nobody reads: for commands, and for parts that are used alone."""
+        return cls(CollectorRegistry(), clock=clock, vocabulary=Vocabulary())
+
     def _build_money(self, board: Board) -> None:
         self._vouchers = board.counter(catalog.VOUCHERS)
         self._vouchers_refused = board.counter(catalog.VOUCHERS_REFUSED)
@@ -238,6 +243,10 @@ class Metrics(Collector):
     def routed(self, strategy: str, asked: str, excluded: Mapping[str, int]) -> None:
         """A route was decided; ``excluded`` counts by reason who was left out."""
         self._decisions.add(1, strategy, asked)
+        self.left_out(excluded)
+
+    def left_out(self, excluded: Mapping[str, int]) -> None:
+        """Providers were not considered, by reason; also where nobody was left and no route could be decided."""
         for reason, count in excluded.items():
             self._exclusions.add(count, reason)
 

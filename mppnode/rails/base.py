@@ -175,6 +175,9 @@ class Tab(Protocol):
 class Purchase(Protocol):
     """A request whose payer is known: how its bill is opened, and who is told when it ends. Opened once."""
 
+    rail: str
+    """How it is paid, as metrics and logs call it."""
+
     async def open(self, need: Need, chat: ChatRequest, request: str) -> Tab:
         """Reserve for a request. Raises ``ChannelFault`` or ``NodeFault`` when that is refused."""
         ...

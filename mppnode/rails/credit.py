@@ -225,6 +225,8 @@ class CreditRail:
 class CreditPurchase:
     """One request of an admitted bearer; implements :class:`mppnode.rails.base.Purchase`."""
 
+    rail = "credit"
+
     def __init__(self, rail: CreditRail, admission: Admission) -> None:
         self._rail = rail
         self.admission = admission

@@ -430,6 +430,7 @@ class SessionRail:
 class SessionPurchase:
     """One content credential and its channel; implements :class:`mppnode.rails.base.Purchase`."""
 
+    rail = "session"
     __slots__ = ("_account", "_live", "_presented", "_rail", "_unit")
 
     def __init__(
