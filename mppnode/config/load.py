@@ -16,6 +16,7 @@ from channels.wire.challenge import SECRET_BYTES_MIN
 from mppnode.config.accounts import read_accounts, read_admin
 from mppnode.config.billing import read_billing
 from mppnode.config.catalog import read_model, read_pricing, read_provider, read_routing
+from mppnode.config.ops import read_metrics
 from mppnode.config.schema import (
     ChainConfig,
     Config,
@@ -76,6 +77,7 @@ def parse_config(tree: dict[str, Any], environ: Mapping[str, str], *, base: Path
     accounts = read_accounts(root.section("accounts", optional=True))
     billing = read_billing(root.section("billing")) if "billing" in tree else None
     admin = read_admin(root.section("admin")) if "admin" in tree else None
+    metrics = read_metrics(root.section("metrics")) if "metrics" in tree else None
     root.done()
     problems += _contradictions(providers, models)
     second = treasury.second_rpc_url
@@ -86,7 +88,20 @@ def parse_config(tree: dict[str, Any], environ: Mapping[str, str], *, base: Path
     if problems:
         raise ConfigError(problems)
     return Config(
-        node, chain, session, limits, providers, models, log, treasury, pricing, routing, accounts, billing, admin
+        node,
+        chain,
+        session,
+        limits,
+        providers,
+        models,
+        log,
+        treasury,
+        pricing,
+        routing,
+        accounts,
+        billing,
+        admin,
+        metrics,
     )
 
 
@@ -236,6 +251,7 @@ def _limits(section: Section) -> LimitsConfig:
         total_s=section.whole("total_s", 10, 86_400, base.total_s),
         stall_s=section.whole("stall_s", 1, 600, base.stall_s),
         drain_s=section.whole("drain_s", 0, 600, base.drain_s),
+        drain_delay_s=section.whole("drain_delay_s", 0, 300, base.drain_delay_s),
     )
     section.done()
     return config

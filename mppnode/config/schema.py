@@ -12,6 +12,7 @@ from channels.ids import Address
 from channels.units import Pico, Units
 from mppnode.config.accounts import NO_ACCOUNTS_SECTION, AccountsConfig, AdminConfig
 from mppnode.config.billing import BillingConfig
+from mppnode.config.ops import MetricsConfig
 from mppnode.config.secrets import Secret
 from mppnode.kernel.listing import Ability, ProviderKind
 from mppnode.kernel.strategy import PriceCeiling, Strategy
@@ -95,6 +96,8 @@ class LimitsConfig:
     total_s: int = 3_600
     stall_s: int = 15
     drain_s: int = 30
+    drain_delay_s: int = 0
+    """How long a node that was told to stop goes on serving, so that balancers see it leave first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,3 +224,5 @@ class Config:
     billing: BillingConfig | None = None
     """None when nothing is sold through a payment processor."""
     admin: AdminConfig | None = None
+    metrics: MetricsConfig | None = None
+    """None when there is no listener for operators."""

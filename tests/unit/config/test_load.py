@@ -17,6 +17,7 @@ from channels.descriptor import SessionProtocol
 from mppnode.config.accounts import AccountsConfig, AdminConfig, JwtConfig, TrustLimits
 from mppnode.config.billing import BillingConfig
 from mppnode.config.load import ConfigError, load_config, parse_config
+from mppnode.config.ops import MetricsConfig
 from mppnode.config.secrets import Secret
 from mppnode.kernel.listing import ProviderKind
 
@@ -67,7 +68,7 @@ def test_commented_defaults_of_the_example_are_the_real_ones() -> None:
     assert (shown.node.host, shown.node.port, shown.node.ledger) == (default.node.host, default.node.port, default.node.ledger)
 
 
-SWITCHED = ("[accounts.jwt]", "[billing]", "[admin]")
+SWITCHED = ("[accounts.jwt]", "[billing]", "[admin]", "[metrics]")
 
 
 def test_tables_that_are_switched_on_are_shown_whole() -> None:
@@ -88,7 +89,14 @@ def test_tables_that_are_switched_on_are_shown_whole() -> None:
     assert config.accounts.jwt is not None
     assert config.billing is not None
     assert config.admin is not None
-    for table, kind in ((shown["accounts"]["jwt"], JwtConfig), (shown["billing"], BillingConfig), (shown["admin"], AdminConfig)):
+    assert config.metrics is not None
+    tables = (
+        (shown["accounts"]["jwt"], JwtConfig),
+        (shown["billing"], BillingConfig),
+        (shown["admin"], AdminConfig),
+        (shown["metrics"], MetricsConfig),
+    )
+    for table, kind in tables:
         keys = {field.name for field in fields(kind)}
         assert keys - {"jwks_url"} == set(table), kind
         for field in fields(kind):
