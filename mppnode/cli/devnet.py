@@ -82,6 +82,9 @@ class DevnetOptions:
     """What may differ between development networks; ports of 0 are chosen by the system."""
 
     host: str = "127.0.0.1"
+    """What the network is called by: in URLs, and as the realm clients compare with the host they asked."""
+    listen: str | None = None
+    """Where chain and node listen, if that is not ``host``: in a container, whose ports are published as the host's."""
     node_port: int = 0
     chain_port: int = 0
     provider_port: int = 0
@@ -146,7 +149,9 @@ class Devnet:
         directory = options.directory or Path(self._exit.enter_context(tempfile.TemporaryDirectory()))
         for owner in (self.payer, self.payee):
             self.chain.fund(owner, FUNDS)
-        runner, self.chain_url = await start_devchain(self.chain, options.host, options.chain_port)
+        listen = options.listen or options.host
+        runner, chain_url = await start_devchain(self.chain, listen, options.chain_port)
+        self.chain_url = self._called(chain_url)
         self._exit.push_async_callback(_cleanup, runner)
         self.provider: DevProviderServer = await start_devprovider(
             options.host, options.provider_port, tokens_per_second=options.tokens_per_second
@@ -173,7 +178,7 @@ class Devnet:
                 realm=options.host,
                 challenge_secrets=(Secret(self.payee_key.hex().encode()),),
                 ledger=self.directory / "ledger.sqlite",
-                host=options.host,
+                host=options.listen or options.host,
                 port=port,
                 spool=self.spool,
             ),
@@ -212,7 +217,11 @@ class Devnet:
     @property
     def chat_url(self) -> str:
         """Where to send chat requests."""
-        return f"{self.node.url}/v1/chat/completions"
+        return f"{self._called(self.node.url)}/v1/chat/completions"
+
+    def _called(self, url: str) -> str:
+        """A URL of something that listens for us, as clients write it: nobody can ask for 0.0.0.0."""
+        return f"http://{self.options.host}:{url.rpartition(':')[2]}"
 
     async def new_customer(self) -> str:
         """Open an account with ten dollars of credit; returns the text of its key."""
@@ -228,7 +237,7 @@ class Devnet:
         lines = (
             "mppnode development network - NOT REAL MONEY, keys are thrown away",
             "",
-            f"  node      {self.node.url}",
+            f"  node      {self._called(self.node.url)}",
             f"  chain     {self.chain_url}   (chain id {CHAIN_ID}, a look-alike)",
             f"  provider  {self.provider.url}",
             f"  payer     {to_hex(self.payer)}   holds {format_decimal(FUNDS)} USD",

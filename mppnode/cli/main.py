@@ -47,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
 
     devnet = commands.add_parser("devnet", help="run a development chain, provider and node (not real money)")
     devnet.add_argument("--port", type=int, default=8402, help="of the node (default 8402; 0 picks one)")
+    devnet.add_argument("--chain-port", type=int, default=0, help="of the chain (default 0, which picks one)")
+    devnet.add_argument("--host", metavar="ADDRESS", help="where chain and node listen (default 127.0.0.1)")
     devnet.add_argument("--tokens-per-second", type=float, default=100.0, help="pace of the development provider")
     devnet.set_defaults(run=_devnet)
 
@@ -234,7 +236,13 @@ def _demo(options: argparse.Namespace) -> int:
 def _devnet(options: argparse.Namespace) -> int:
     from mppnode.cli.serve import run_devnet
 
-    return asyncio.run(run_devnet(port=options.port, tokens_per_second=options.tokens_per_second))
+    network = run_devnet(
+        port=options.port,
+        tokens_per_second=options.tokens_per_second,
+        listen=options.host,
+        chain_port=options.chain_port,
+    )
+    return asyncio.run(network)
 
 
 def _pay(options: argparse.Namespace) -> int:

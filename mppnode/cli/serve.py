@@ -113,12 +113,14 @@ async def _supervise(path: Path, config: Config) -> int:
         return _FAILED
 
 
-async def run_devnet(*, port: int, tokens_per_second: float) -> int:
-    """Run a development network until interrupted, after printing what to type next."""
+async def run_devnet(*, port: int, tokens_per_second: float, listen: str | None = None, chain_port: int = 0) -> int:
+    """Run a development network until interrupted, after printing what to type next; ports of 0 are picked."""
     from mppnode.cli.devnet import Devnet, DevnetOptions
 
     stop = _stop_signal()
-    options = DevnetOptions(node_port=port, tokens_per_second=tokens_per_second)
+    options = DevnetOptions(
+        listen=listen, node_port=port, chain_port=chain_port, tokens_per_second=tokens_per_second
+    )
     log = make_log(clock=SystemClock(), level=Level.INFO, as_json=False)
     async with Devnet(options, log=log) as net:
         print(net.describe(await net.new_customer()), flush=True)
