@@ -139,7 +139,10 @@ def refusal(wait: Wait) -> NodeFault:
     seconds = None if wait.for_us is None else max(-(-wait.for_us // _SECOND_US), 1)
     never = " asks for more than it ever allows" if wait.for_us is None else " is reached"
     return NodeFault(
-        NodeReason.LIMIT_REACHED, detail=f"the key's limit of {wait.bound.value}{never}", retry_after_s=seconds
+        NodeReason.LIMIT_REACHED,
+        detail=f"the key's limit of {wait.bound.value}{never}",
+        retry_after_s=seconds,
+        limit=wait.bound.name.lower(),
     )
 
 

@@ -43,6 +43,8 @@ class Reporter:
     def refused(self, rail: str, fault: ChannelFault | NodeFault) -> None:
         """A reservation was refused."""
         self._metrics.hold_refused(rail, fault.reason.value)
+        if isinstance(fault, NodeFault) and fault.limit is not None:
+            self._metrics.limit_reached(fault.limit)
 
     def began(self, run: PaidChat) -> None:
         """A request has its reservation; :meth:`ended` follows, whatever happens."""

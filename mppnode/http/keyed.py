@@ -16,7 +16,7 @@ from mppnode.engine.paid import PaidChat
 from mppnode.engine.record import Idempotence, Kept
 from mppnode.http import disclosure
 from mppnode.http.answers import JSON, asked_of, idempotency_key, replayed, streamed, streams
-from mppnode.http.middleware import REQUEST_ID
+from mppnode.http.middleware import REFUSED, REQUEST_ID
 from mppnode.http.problem import STATUS, error_body, openai_error_body, retry_headers
 from mppnode.kernel.faults import NodeFault
 from mppnode.kernel.requests import ChatLimits, parse_chat
@@ -82,11 +82,13 @@ class KeyedChat:
         try:
             return await self._serve(request, body, bearer)
         except NodeFault as fault:
+            request[REFUSED] = fault.reason.value
             more = {**disclosure.of_fault(fault), **_challenge(fault)}
             return _refused(STATUS[fault.reason], error_body(fault), {**retry_headers(fault), **more})
         except ChannelFault as fault:  # the ledger is away: an outage is never told as an unknown key or as no credit
             if fault.reason is Reason.HOLD_FENCED:  # by the end of this process's life in the ledger, not by the caller
                 fault = ChannelFault(Reason.STORE_UNAVAILABLE, detail="the node had to give this request up; ask again")
+            request[REFUSED] = fault.reason.value
             return _refused(STATUS[fault.reason], openai_error_body(fault), retry_headers(fault))
 
     async def _serve(self, request: web.Request, body: bytes, bearer: str) -> web.StreamResponse:

@@ -25,6 +25,8 @@ _INTERNAL = 500
 
 
 REQUEST_ID: Final = web.RequestKey("request_id", str)
+REFUSED: Final = web.RequestKey("refused", str)
+"""Why a request was refused, left by whoever rendered the refusal."""
 _ID_BYTES: Final = 12
 
 
@@ -33,12 +35,23 @@ async def stamp(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["X-Request-Id"] = request.get(REQUEST_ID, "")
 
 
-def fault_boundary(log: Log, entropy: Callable[[int], bytes]) -> Middleware:
-    """Build the middleware; ``entropy`` makes the ids of requests, which are never the caller's."""
+def fault_boundary(
+    log: Log, entropy: Callable[[int], bytes], refused: Callable[[str], None] = lambda _: None
+) -> Middleware:
+    """Build the middleware; ``entropy`` makes the ids of requests, which are never the caller's.
+
+    ``refused`` hears the reason of every refusal, whoever has rendered it.
+    """
 
     @web.middleware
     async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse:
         request[REQUEST_ID] = f"req_{entropy(_ID_BYTES).hex()}"
+        response = await answered(request, handler)
+        if REFUSED in request:
+            refused(request[REFUSED])
+        return response
+
+    async def answered(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             return await handler(request)
         except web.HTTPException as error:
@@ -49,6 +62,7 @@ def fault_boundary(log: Log, entropy: Callable[[int], bytes]) -> Middleware:
         except NodeFault as fault:
             return _render(request, fault)
         except ChannelFault as fault:
+            request[REFUSED] = fault.reason.value
             body = problem_body(fault, challenge_id=None)
             return _response(request, STATUS[fault.reason], body, retry_headers(fault))
         except Exception as error:  # noqa: BLE001 - the boundary: a bug of ours, shown to nobody, logged in full
@@ -70,6 +84,7 @@ def _known(request: web.Request, error: web.HTTPException) -> web.Response:
 
 
 def _render(request: web.Request, fault: NodeFault) -> web.Response:
+    request[REFUSED] = fault.reason.value
     return _response(request, STATUS[fault.reason], error_body(fault), retry_headers(fault))
 
 

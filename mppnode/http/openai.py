@@ -26,7 +26,7 @@ from mppnode.engine.record import Idempotence, Kept, Record
 from mppnode.http import disclosure
 from mppnode.http.answers import EVENTS, JSON, asked_of, body_of, idempotency_key, replayed, streamed, streams
 from mppnode.http.keyed import KeyedChat, bearer_of
-from mppnode.http.middleware import REQUEST_ID
+from mppnode.http.middleware import REFUSED, REQUEST_ID
 from mppnode.http.problem import STATUS, error_body, problem_body, retry_headers
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.faults import NodeFault
@@ -184,6 +184,7 @@ class ChatSurface:
 
     async def _refuse(self, call: _Call, fault: ChannelFault) -> web.Response:
         """A payment refusal: always with a fresh challenge, and without a receipt but for one case."""
+        call.request[REFUSED] = fault.reason.value
         challenges = await self._fresh_challenges(call, fault)
         headers = {
             "Cache-Control": "no-store",
@@ -217,6 +218,7 @@ class ChatSurface:
         return await self._books.load(call.presented.payload.channel_id)
 
     def _fail(self, call: _Call, fault: NodeFault) -> web.Response:
+        call.request[REFUSED] = fault.reason.value
         headers = {
             **retry_headers(fault),
             **self._opened_receipt(call),

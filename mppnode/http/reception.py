@@ -19,6 +19,7 @@ from channels.faults import ChannelFault
 from mppnode.accounts.directory import Admission, Directory
 from mppnode.accounts.forms import known, read_instant
 from mppnode.accounts.keyring import Stale
+from mppnode.http.middleware import REFUSED
 from mppnode.http.problem import STATUS, openai_error, retry_headers
 from mppnode.kernel.faults import NodeFault, NodeReason
 
@@ -79,6 +80,7 @@ def answered(handler: Handler[Self]) -> Handler[Self]:
         try:
             return await handler(surface, request)
         except (NodeFault, ChannelFault) as fault:
+            request[REFUSED] = fault.reason.value
             return refusal(fault)
 
     return handle

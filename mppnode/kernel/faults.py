@@ -76,6 +76,7 @@ class NodeFault(Exception):
         excluded: Mapping[str, int] | None = None,
         lowest: tuple[int, int] | None = None,
         more: Mapping[str, str | int | None] | None = None,
+        limit: str | None = None,
     ) -> None:
         self.reason = reason
         self.field = field
@@ -85,6 +86,8 @@ class NodeFault(Exception):
         self.excluded = excluded
         self.lowest = lowest
         self.more = more
+        self.limit = limit
+        """Which limit was reached, for metrics."""
         self.headers: Mapping[str, str] = {}
         """Headers the answer carries beside those every refusal has."""
         super().__init__(self.message)

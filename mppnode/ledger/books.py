@@ -7,18 +7,39 @@ from collections.abc import Callable, Sequence
 from channels.account import plan
 from channels.faults import ChannelFault, Reason
 from channels.ids import ChannelId
-from channels.model import Account, Command, Event, Finish, HoldId, ObserveChain, Outcome, Plan
+from channels.model import (
+    AcceptVoucher,
+    Account,
+    Command,
+    Event,
+    Finish,
+    HoldId,
+    ObserveChain,
+    Open,
+    Outcome,
+    Plan,
+)
 from channels.policy import Policy
 from channels.store import ChannelStore
-from channels.units import Pico
+from channels.units import PICO_PER_UNIT, Pico
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.probe import Probe, unwatched
+from mppnode.observe.metrics import Metrics
 
 
 class Books:
     """Applies commands to accounts. The only way a balance changes (design D14)."""
 
-    def __init__(self, store: ChannelStore, *, clock: Clock, policy: Policy, probe: Probe = unwatched) -> None:
+    def __init__(
+        self,
+        store: ChannelStore,
+        *,
+        clock: Clock,
+        policy: Policy,
+        probe: Probe = unwatched,
+        metrics: Metrics | None = None,
+    ) -> None:
+        self._metrics = metrics if metrics is not None else Metrics.unseen(clock)
         self._store = store
         self._clock = clock
         self._policy = policy
@@ -31,11 +52,21 @@ class Books:
             ChannelFault: the refusal, or ``STORE_UNAVAILABLE``; nothing changed.
         """
         now, policy, name = self._clock.now(), self._policy, type(command).__name__
+        begun, accepted = self._clock.monotonic(), 0
+
+        def step(account: Account | None) -> Plan[Outcome]:
+            nonlocal accepted
+            accepted = 0 if account is None else account.accepted
+            return plan(account, command, now=now, policy=policy)
+
         self._probe(f"{name}.before")
-        made = await self._store.transact(
-            channel, lambda account: plan(account, command, now=now, policy=policy), relaxed=_may_be_lost(command)
-        )
+        made = await self._store.transact(channel, step, relaxed=_may_be_lost(command))
         self._probe(f"{name}.after")
+        if made.events and isinstance(command, (Open, AcceptVoucher)):
+            delta = (made.account.accepted - accepted) * PICO_PER_UNIT
+            self._metrics.voucher_accepted(delta, self._clock.monotonic() - begun)
+            if isinstance(command, Open):
+                self._metrics.channel_opened()
         return made
 
     def require_deposit(self, deposit: int) -> None:

@@ -163,13 +163,19 @@ class CreditRail:
                 return _Changed()
             case CreditReason.BUSY:
                 return NodeFault(
-                    NodeReason.LIMIT_REACHED, detail="the key has as many requests at once as it may", retry_after_s=1
+                    NodeReason.LIMIT_REACHED,
+                    detail="the key has as many requests at once as it may",
+                    retry_after_s=1,
+                    limit="concurrency",
                 )
             case CreditReason.CAP_REACHED:
                 until = "" if fault.window is Window.TOTAL else f" of this {fault.window} (UTC)"
                 more |= {"affordable_max_tokens": affordable, "window": fault.window, "resets_in_s": fault.again_in_s}
                 return NodeFault(
-                    NodeReason.CAP_REACHED, detail=f"the key's spend cap{until} does not cover the request", more=more
+                    NodeReason.CAP_REACHED,
+                    detail=f"the key's spend cap{until} does not cover the request",
+                    more=more,
+                    limit=None if fault.window is None else fault.window.value,
                 )
             case CreditReason.CREDIT_TOO_LOW:
                 more |= {"affordable_max_tokens": affordable, "top_up_url": self._top_up_url}

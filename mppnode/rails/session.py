@@ -44,6 +44,7 @@ from mppnode.kernel.requests import ChatRequest
 from mppnode.kernel.tasks import TaskOwner
 from mppnode.ledger.books import Books
 from mppnode.ledger.ending import Ending
+from mppnode.observe.metrics import Metrics
 from mppnode.pricing.book import describe
 from mppnode.rails.base import ChainIntents, Closes, Need, Offer, Tab
 from mppnode.rails.live import LiveChannels, VoucherRate
@@ -85,7 +86,9 @@ class SessionRail:
         clock: Clock,
         entropy: Callable[[int], bytes],
         tab_policy: TabPolicy,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics if metrics is not None else Metrics.unseen(clock)
         self._terms = terms
         self._mac = mac
         self._books = books
@@ -300,6 +303,13 @@ class SessionRail:
         return account
 
     async def _voucher(self, presented: Presented, payload: VoucherPayload, known: Account | None = None) -> Account:
+        try:
+            return await self._accept(presented, payload, known)
+        except ChannelFault as fault:
+            self._metrics.voucher_refused(fault.reason.value)
+            raise
+
+    async def _accept(self, presented: Presented, payload: VoucherPayload, known: Account | None) -> Account:
         account = await self._known(presented, payload, known)
         signature = parse_signature(payload.signature)
         if account.phase is not Phase.OPEN:
