@@ -129,6 +129,13 @@ class Answer:
     """What came with the first output; whoever takes it empties it, or it would stay as long as the stream."""
     completion: Completion | None
     watch: Watch
+    endpoint: Endpoint
+    """As it was when the provider was asked: the configuration may name another by now, or none."""
+
+    @property
+    def runs_on(self) -> bool:
+        """Whether the provider may go on generating, at our expense, when it is cut off."""
+        return not self.endpoint.adapter.cancel_stops_billing
 
 
 class Failover:
@@ -242,7 +249,7 @@ class Failover:
             completion = endpoint.adapter.decode(await response.read(COMPLETION_BYTES_MAX))
             if _says_nothing(completion):
                 raise UpstreamFault("error", detail="it answered nothing")
-            return Answer(listing, response, None, (), completion, watch)
+            return Answer(listing, response, None, (), completion, watch, endpoint)
         except BaseException:
             response.cancel()
             raise
@@ -256,7 +263,7 @@ class Failover:
         fault = await opening.verdict
         if fault is not None:
             raise fault
-        return Answer(listing, response, decoder, opening.chunks, None, watch)
+        return Answer(listing, response, decoder, opening.chunks, None, watch, endpoint)
 
 
 def _says_nothing(completion: Completion) -> bool:

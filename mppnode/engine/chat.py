@@ -9,10 +9,10 @@ from typing import Final, Protocol
 
 from channels.faults import ChannelFault
 from channels.units import Pico
-from mppnode.engine.attempts import CALLERS_FAULT, Answer, Failover
+from mppnode.engine.attempts import CALLERS_FAULT, Answer, Endpoint, Failover
 from mppnode.engine.lookup import look_up
 from mppnode.engine.market import STRANGER, Caller, Market, Quote, Route
-from mppnode.engine.paid import PaidChat
+from mppnode.engine.paid import PaidChat, stopping
 from mppnode.engine.record import Record
 from mppnode.engine.report import Reporter
 from mppnode.engine.stream import Ending, StreamLimits
@@ -75,8 +75,8 @@ class ChatEngine:
         self._log = log
         self._counters = counters
         self._calibration = Calibration()
-        self._running = 0
-        self._stopping = False
+        self._runs: set[PaidChat] = set()
+        self._stopping = self._ended = False
 
     @property
     def market(self) -> Market:
@@ -104,11 +104,25 @@ class ChatEngine:
         """Take no new requests; running ones go on."""
         self._stopping = True
 
+    async def end_everything(self) -> None:
+        """End what still runs, each request with its exact bill; returns when all are settled. Nothing begins any more."""
+        self._stopping = self._ended = True
+        # Not gathered: whoever loses patience must not cancel what is about to be settled.
+        for run in tuple(self._runs):
+            self._owner.spawn(run.supersede(Ending.NODE_STOPPED), name="end request")
+        while self._runs:
+            await asyncio.wait({run.over for run in self._runs})
+
+    def restock(self, counters: Mapping[tuple[str, str], Counter], *, attempts_max: int) -> None:
+        """Use other tokenizers and another patience from the next request on; the market is exchanged by itself."""
+        self._counters = counters
+        self._attempts_max = attempts_max
+
     def require_room(self) -> None:
         """Refuse before any money moves when the node could not serve. Raises ``OVERLOADED``, ``SHUTTING_DOWN``."""
         if self._stopping:
-            raise NodeFault(NodeReason.SHUTTING_DOWN, detail="the node is shutting down", retry_after_s=5)
-        if self._running >= self._streams_max:
+            raise stopping()
+        if len(self._runs) >= self._streams_max:
             raise NodeFault(NodeReason.OVERLOADED, detail="too many live requests", retry_after_s=1)
 
     def route(self, chat: ChatRequest, caller: Caller) -> Route:
@@ -144,6 +158,7 @@ class ChatEngine:
                 self._owner.spawn(record.drop(), name="drop record")
             raise
         try:
+            self._require_open()
             self.probe("connect.before")
             await run.connect(lambda: self._find(run, run.chat, route))
             self.probe("connect.after")
@@ -164,13 +179,14 @@ class ChatEngine:
         async def reserve() -> PaidChat | ChannelFault | NodeFault:
             need = need_of(chat, route.bound, route.max_output)
             try:
+                self._require_open()
                 tab = await purchase.open(need, chat, request_id)
             except (ChannelFault, NodeFault) as fault:  # an answer, not a failed task
                 self.reporter.refused(purchase.rail, fault)
                 return fault
             able = _afforded(chat, need, tab)
             run = PaidChat(self, purchase, tab, able, route, request_id=request_id, record=record)
-            self._running += 1
+            self._runs.add(run)
             self.reporter.began(run)
             purchase.on_supersede(tab, run.supersede)
             return run
@@ -185,6 +201,11 @@ class ChatEngine:
         if isinstance(outcome, (ChannelFault, NodeFault)):
             raise outcome
         return outcome
+
+    def _require_open(self) -> None:
+        # A request may have been in the middle of its admission when everything was ended.
+        if self._ended:
+            raise stopping()
 
     def _release(self, task: asyncio.Task[PaidChat | ChannelFault | NodeFault]) -> None:
         if not task.cancelled() and task.exception() is None and isinstance(run := task.result(), PaidChat):
@@ -207,7 +228,7 @@ class ChatEngine:
             watch = self._market.watch(listing, streamed=chat.stream)
             if watch is None:  # another request is just now finding out whether this provider is back
                 continue
-            endpoint = self._market.endpoints[listing.provider]
+            endpoint = route.endpoints[listing.provider]
             call = Call(
                 chat,
                 listing.upstream_model,
@@ -238,7 +259,7 @@ class ChatEngine:
 
     # ------------------------------------------------------------------------------------------------------- bills
 
-    def tally(self, chat: ChatRequest, listing: Listing) -> Tally:
+    def tally(self, chat: ChatRequest, listing: Listing, endpoint: Endpoint) -> Tally:
         """A fresh bill for a request that ``listing`` has taken."""
         tally = Tally(
             listing.rates,
@@ -247,7 +268,7 @@ class ChatEngine:
             images=chat.images,
             audio_bytes=chat.audio_bytes,
             ratio=self._calibration.ratio(listing.provider, listing.upstream_model),
-            running=self._market.endpoints[listing.provider].adapter.running_usage,
+            running=endpoint.adapter.running_usage,
         )
         if (listing.provider, listing.model) in self._counters:
             tally.texts = []
@@ -285,7 +306,7 @@ class ChatEngine:
     def look_up(self, answer: Answer, tally: Tally) -> None:
         """Ask the provider, later and in the background, what a stream took that ended without its report."""
         generation = answer.response.headers.get("x-generation-id")
-        endpoint = self._market.endpoints[answer.listing.provider]
+        endpoint = answer.endpoint
         if generation is None or not isinstance(endpoint.adapter, Lookup):
             return
         looking = look_up(
@@ -298,9 +319,9 @@ class ChatEngine:
         try:
             await run.tab.settle(total, run.facts(ending))
         finally:
-            self._running -= 1
+            self._runs.discard(run)
             run.purchase.done(run.tab)
-            self.reporter.ended(run, total, ending, self._market)
+            self.reporter.ended(run, total, ending)
 
     @property
     def stopping(self) -> bool:
@@ -327,6 +348,8 @@ def _why(error: BaseException) -> Ending:
     """How a request ended whose provider had not begun to answer."""
     if isinstance(error, asyncio.CancelledError):
         return Ending.DISCONNECTED
+    if isinstance(error, NodeFault) and error.reason is NodeReason.SHUTTING_DOWN:
+        return Ending.NODE_STOPPED
     return Ending.SUPERSEDED if isinstance(error, ChannelFault) else Ending.UPSTREAM_FAILED
 
 

@@ -109,6 +109,8 @@ class Route:
     """Tokens of one choice, at whoever allows the most of them."""
     strategy: Strategy
     rule: str
+    endpoints: Mapping[str, Endpoint]
+    """Where providers were when this was decided: a request keeps what it began with when the market changes."""
     decision: Mapping[str, Any] | None = None
     """What is told about the choice of a model, when the node made it."""
     excluded: Mapping[str, int] = field(default_factory=dict)
@@ -125,7 +127,10 @@ class Quote:
 
 @dataclass(slots=True)
 class Market:
-    """Everything on sale. It decides nothing itself: prices are the catalog's and choices the router's."""
+    """Everything on sale. It decides nothing itself: prices are the catalog's and choices the router's.
+
+    What it is made of may be exchanged, all at once, while requests run; those keep the :class:`Route` they have.
+    """
 
     router: Router
     endpoints: Mapping[str, Endpoint]
@@ -183,6 +188,7 @@ class Market:
             max_output=max(listing.max_output for listing in able),
             strategy=decided.strategy,
             rule=decided.rule,
+            endpoints=self.endpoints,
             decision=decision,
             excluded=decided.excluded,
         )
@@ -198,10 +204,6 @@ class Market:
             return Readiness.UNAVAILABLE
         key = (listing.provider, listing.model)
         return _READINESS[self.router.health.standing(key, self.clock.monotonic())]
-
-    def runs_on(self, provider: str) -> bool:
-        """Whether a provider may go on generating, at our expense, when it is cut off."""
-        return not self.endpoints[provider].adapter.cancel_stops_billing
 
     def sellable(self, listing: Listing) -> bool:
         """Whether its price is recent enough to be sold at."""

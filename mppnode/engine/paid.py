@@ -18,7 +18,7 @@ from mppnode.engine.attempts import Answer
 from mppnode.engine.record import Record
 from mppnode.engine.sink import Sink
 from mppnode.engine.stream import Ending, PaidStream
-from mppnode.kernel.faults import NodeFault
+from mppnode.kernel.faults import NodeFault, NodeReason
 from mppnode.kernel.listing import Listing
 from mppnode.kernel.requests import ChatRequest
 from mppnode.kernel.tasks import end_of
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+STOPPED_RETRY_S: Final = 5
+"""What a caller is told to wait: behind a balancer it is sent to another node, alone a restart takes about as long."""
 _NOTHING: Final[Mapping[str, Any]] = MappingProxyType({})
 _NONE: Final = Wishes(models=())
 
@@ -56,6 +58,7 @@ class PaidChat:
         "chat",
         "cost",
         "decision",
+        "endpoints",
         "first_at",
         "purchase",
         "record",
@@ -90,6 +93,7 @@ class PaidChat:
         self.chat = chat
         self.strategy = route.strategy
         self.decision = route.decision
+        self.endpoints = route.endpoints
         self.tally: Tally | None = None
         """The bill; None until a provider has taken the prompt."""
         self.answer: Answer | None = None
@@ -100,7 +104,7 @@ class PaidChat:
         self._engine = engine
         self._stream: PaidStream | None = None
         self._settling = False
-        self._superseded = False
+        self._superseded: Ending | None = None
         self._waiting: asyncio.Task[Any] | None = None
         self.releasing: asyncio.Task[None] | None = None
         self.starved_s = self.stalled_s = 0.0
@@ -150,14 +154,14 @@ class PaidChat:
     def accepted(self, listing: Listing, response: UpstreamResponse | None) -> None:
         """Learn which provider has taken the prompt, and with None that it has failed after all."""
         self.upstream, self.serving = response, listing.provider
-        self.tally = None if response is None else self._engine.tally(self.chat, listing)
+        self.tally = None if response is None else self._engine.tally(self.chat, listing, self.endpoints[listing.provider])
 
     async def connect(self, find: Callable[[], Awaitable[Answer]]) -> None:
         """Wait for a provider, unless the client leaves or a newer request takes the channel first.
 
         Raises:
             ChannelFault: ``HOLD_FENCED`` in the second case.
-            NodeFault: as ``find``.
+            NodeFault: as ``find``, or ``SHUTTING_DOWN``.
         """
 
         async def keep() -> None:
@@ -187,17 +191,24 @@ class PaidChat:
         finally:
             self._waiting = None
         if task.cancelled():
+            if self._superseded is Ending.NODE_STOPPED:
+                raise stopping()
             raise ChannelFault(Reason.HOLD_FENCED, detail="a newer request or a close took over this channel")
         outcome = task.result()
         if isinstance(outcome, NodeFault):
             raise outcome
         return outcome
 
-    async def supersede(self) -> None:
-        """End this request for a newer one or for a close, and return when its bill is settled."""
-        self._superseded = True
+    @property
+    def over(self) -> asyncio.Future[None]:
+        """Done when the bill is settled. To be waited for, not awaited: that would cancel it with its waiter."""
+        return self._settled
+
+    async def supersede(self, ending: Ending = Ending.SUPERSEDED) -> None:
+        """End this request for a newer one, for a close or for the node's stop; returns when its bill is settled."""
+        self._superseded = ending
         if self._stream is not None:
-            self._stream.supersede()
+            self._stream.supersede(ending)
         elif self._waiting is not None:
             self._waiting.cancel()
         await asyncio.wait({self._settled})  # awaited itself, it would be cancelled with its waiter
@@ -211,7 +222,7 @@ class PaidChat:
             self.upstream.cancel()
             self._engine.reporter.cancelled(self.serving)
             # Ended by us, or for a newer request, the caller is refused and pays nothing; nor for half an answer.
-            if not self._superseded and self.chat.stream:
+            if self._superseded is None and self.chat.stream:
                 total, ending = self._forsaken(), Ending.DISCONNECTED
         release = self._engine.owner.start(self.settle(total, ending), name="release hold")
         await asyncio.wait({release})
@@ -272,8 +283,8 @@ class PaidChat:
             metrics=self._engine.metrics,
         )
         answer.early = ()
-        if self._superseded:
-            self._stream.supersede()
+        if self._superseded is not None:
+            self._stream.supersede(self._superseded)
         task = self._engine.owner.start(self._deliver(self._stream, sink, answer, tally), name="stream")
         try:
             await end_of(task)
@@ -332,7 +343,7 @@ class PaidChat:
         match ending:
             case Ending.UPSTREAM_FAILED:
                 last.append(frames.error_frame(first, "the provider failed before the response was complete"))
-            case Ending.UNPAID | Ending.SUPERSEDED | Ending.CLOSED | Ending.OVERRUN:
+            case Ending.UNPAID | Ending.SUPERSEDED | Ending.CLOSED | Ending.OVERRUN | Ending.NODE_STOPPED:
                 last.append(frames.finish_frame(first, ending.value))
             case Ending.COMPLETE | Ending.STALLED | Ending.DISCONNECTED:
                 last += [held] if held else []
@@ -387,3 +398,8 @@ class PaidChat:
         if tally.source is TokenSource.REPORTED:
             self._engine.learn(answer.listing, tally)
         return body
+
+
+def stopping() -> NodeFault:
+    """The refusal of a node that is about to stop: nothing was charged, and another node may serve at once."""
+    return NodeFault(NodeReason.SHUTTING_DOWN, detail="the node is shutting down", retry_after_s=STOPPED_RETRY_S)

@@ -46,14 +46,14 @@ class Prober:
         await asyncio.gather(*(self._probe(provider, model) for provider, model in due))
 
     async def _probe(self, provider: str, model: str) -> None:
-        listing = self._listing(provider, model)
-        if listing is None:  # no longer on sale
-            return
         async with self._room:
+            listing = self._listing(provider, model)
+            if listing is None:  # no longer on sale
+                return
+            endpoint = self._market.endpoints[provider]
             watch = self._market.watch(listing, streamed=True)
             if watch is None:
                 return
-            endpoint = self._market.endpoints[provider]
             body = {"model": model, "messages": [{"role": "user", "content": "ping"}], "max_tokens": _TOKENS}
             chat = parse_chat(orjson.dumps(body), limits=ChatLimits())
             call = Call(chat, listing.upstream_model, endpoint.base_url, endpoint.api_key(), _TOKENS)

@@ -16,7 +16,7 @@ from mppnode.observe.metric_labels import Ending as Label
 from mppnode.observe.metrics import Metrics
 
 if TYPE_CHECKING:
-    from mppnode.engine.market import Market, Route
+    from mppnode.engine.market import Route
     from mppnode.engine.paid import PaidChat
 
 _OK: Final = "ok"
@@ -62,7 +62,7 @@ class Reporter:
         """A client had everything but its receipt when it went away."""
         self._metrics.disconnected(DisconnectPhase.AFTER_OUTPUT.value)
 
-    def ended(self, run: PaidChat, total: Pico, ending: Ending, market: Market) -> None:
+    def ended(self, run: PaidChat, total: Pico, ending: Ending) -> None:
         """A request has ended, with this bill."""
         self._count(run, total, ending)
         tally, answer = run.tally, run.answer
@@ -77,7 +77,7 @@ class Reporter:
             attempts=run.attempts,
             tokens=0 if tally is None else tally.tokens,
             token_source=None if tally is None else tally.source.value,
-            runs_on=ending is not Ending.COMPLETE and answer is not None and market.runs_on(answer.listing.provider),
+            runs_on=ending is not Ending.COMPLETE and answer is not None and answer.runs_on,
             first_ms=None if run.first_at is None else round((run.first_at - run.begun) * 1000),
             total_ms=round((self._clock.monotonic() - run.begun) * 1000),
             stall_ms=round(run.starved_s * 1000),

@@ -46,6 +46,8 @@ class Ending(StrEnum):
     CLOSED = "closed"
     STALLED = "stalled"
     DISCONNECTED = "disconnected"
+    NODE_STOPPED = "node_stopped"
+    """It outlasted the time a node that stops leaves to what runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -446,9 +448,9 @@ class PaidStream:
         """The client is gone: end now."""
         self._end(Ending.DISCONNECTED)
 
-    def supersede(self) -> None:
-        """A newer request takes the channel: end after what has been written."""
-        self._end(Ending.SUPERSEDED)
+    def supersede(self, ending: Ending = Ending.SUPERSEDED) -> None:
+        """A newer request takes the channel, or the node stops: end after what has been written."""
+        self._end(ending)
 
 
 def _nothing() -> None:

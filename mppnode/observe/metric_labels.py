@@ -47,6 +47,7 @@ class Ending(StrEnum):
     STALLED = "stalled"
     DISCONNECTED = "disconnected"
     FAILED = "failed"
+    NODE_STOPPED = "node_stopped"
 
 
 class Outcome(StrEnum):

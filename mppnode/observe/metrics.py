@@ -30,6 +30,7 @@ _OUTCOMES: Final[Mapping[str, Outcome]] = MappingProxyType(
         Ending.OVERRUN: Outcome.SERVED,
         Ending.UPSTREAM_FAILED: Outcome.FAILED,
         Ending.FAILED: Outcome.FAILED,
+        Ending.NODE_STOPPED: Outcome.FAILED,
     }
 )
 _PROMPT, _CACHED, _COMPLETION, _REASONING = (kind.value for kind in TokenKind)

@@ -43,7 +43,7 @@ async def hang_up(world: World, channel: Channel, body: dict[str, Any], *, after
     credential = await world.pay(world.payer.voucher(channel, 20 * UNIT), body)
     if after is None:
         asking = asyncio.ensure_future(world.send(body, credential))
-        await world.eventually(lambda: world.net.node._engine._running == 1)  # type: ignore[union-attr]
+        await world.eventually(lambda: len(world.net.node._engine._runs) == 1)  # type: ignore[union-attr]
         asking.cancel()
         await asyncio.wait({asking})
         return
