@@ -75,6 +75,9 @@ class BudgetSpent(Exception):
 class Ledger(ChannelStore, Till, Protocol):
     """A channel store with all a node needs around it."""
 
+    on_commit: Callable[[float | None], None]
+    """Hears, on the event loop, how many seconds each commit took, and None of one that failed."""
+
     async def start(self) -> None:
         """Open it, migrate it, refuse a schema that is newer than this program."""
         ...

@@ -59,11 +59,14 @@ class PostgresStore:
         self._dsn = dsn
         self._node_on_fatal = on_fatal
         self._open = False
+        self.on_commit: Callable[[float | None], None] = lambda _: None
         self._subscribers = Subscribers()
         self._owner = TaskOwner(lambda _, error: self._failed(error))
         self._watchers: list[asyncio.Task[None]] = []
         generation = Generation(on_new=self._subscribers.forget)
-        link = partial(Link, dsn, generation=generation, on_fatal=self._failed)
+        link = partial(
+            Link, dsn, generation=generation, on_fatal=self._failed, on_commit=self._on_commit
+        )
         self._desk, self._reader = link(), link()
         self._wakeup = Wakeup(dsn, self._subscribers, self._look)
         self._tills = [link() for _ in range(lanes)]
@@ -249,6 +252,9 @@ class PostgresStore:
         return await self._reader.read(work)
 
     # ------------------------------------------------------------------------------------------------------ news
+
+    def _on_commit(self, seconds: float | None) -> None:
+        self.on_commit(seconds)  # whatever it is by now
 
     def _committed(self, batch: Batch, told: list[Account]) -> None:
         if not batch.firm:

@@ -22,6 +22,7 @@ from urllib.parse import unquote, urlsplit
 
 import asyncpg
 
+from channels.faults import ChannelFault, Reason
 from mppnode.config.secrets import Secret
 from mppnode.ledger.base import LedgerError
 from mppnode.ledger.batch import unavailable
@@ -157,7 +158,9 @@ class Link:
         generation: Generation,
         on_fatal: Callable[[BaseException], None],
         on_connect: Callable[[], None] = lambda: None,
+        on_commit: Callable[[float | None], None] = lambda _: None,
     ) -> None:
+        self._on_commit = on_commit
         self._dsn = dsn
         self._generation = generation
         self._on_fatal = on_fatal
@@ -209,6 +212,8 @@ class Link:
         async with self._turn:
             self._number += 1
             mark, sent = Mark(self._lane, self._number), list[R]()
+            now = asyncio.get_running_loop().time
+            begun = now()
 
             async def attempt() -> R:
                 connection = await self._connected()
@@ -224,7 +229,14 @@ class Link:
                 assert ended == "COMMIT", "the transaction had failed before it was committed"
                 return result
 
-            return await self._persist(attempt)
+            try:
+                result = await self._persist(attempt)
+            except ChannelFault as fault:
+                if fault.reason is Reason.STORE_UNAVAILABLE:
+                    self._on_commit(None)
+                raise
+            self._on_commit(now() - begun)
+            return result
 
     async def _persist(self, attempt: Callable[[], Awaitable[R]]) -> R:
         pause = _PAUSE_S

@@ -86,6 +86,7 @@ class SqliteStore:
         self._clock = clock
         self._on_fatal = on_fatal
         self._shared = shared
+        self.on_commit: Callable[[float | None], None] = lambda _: None
         self._lock = InstanceLock(path)
         self._subscribers = Subscribers()
         self._owner = TaskOwner(self._watch_failed)
@@ -298,6 +299,7 @@ class SqliteStore:
 
     def _commit(self, connection: sqlite3.Connection, ops: list[Op | _JobOp]) -> None:
         assert self._loop is not None
+        begun = self._clock.monotonic()
         batch = Batch(firm=any(not op.relaxed for op in ops), soft=self._rows.soft)
         try:
             if self._broken:  # what was queued before the failure: a disk may work again, its promises do not
@@ -318,8 +320,10 @@ class SqliteStore:
                 connection.execute("ROLLBACK")
             self._failed(error)
             self._loop.call_soon_threadsafe(refuse, [op.future for op in ops])
+            self._loop.call_soon_threadsafe(self.on_commit, None)
             return
-        self._loop.call_soon_threadsafe(self._deliver, batch, self._rows.committed(batch, wrote=wrote))
+        told = self._rows.committed(batch, wrote=wrote)
+        self._loop.call_soon_threadsafe(self._deliver, batch, told, self._clock.monotonic() - begun)
 
     def _look_for_visitors(self, connection: sqlite3.Connection) -> None:
         """Forget what is cached when somebody else wrote: an operator's command beside a running node, which is rare.
@@ -400,7 +404,8 @@ class SqliteStore:
 
     # ------------------------------------------------------------------------------------------------ event loop
 
-    def _deliver(self, batch: Batch, told: list[Account]) -> None:
+    def _deliver(self, batch: Batch, told: list[Account], seconds: float) -> None:
+        self.on_commit(seconds)
         if not batch.firm:
             for change in batch.changes.values():
                 self._subscribers.passed(change.before, change.account)

@@ -24,6 +24,7 @@ from channels.verify import closed_in, settled_in
 from mppnode.kernel.clock import Clock
 from mppnode.ledger.base import Ledger, Which
 from mppnode.observe.logs import Level, Log
+from mppnode.observe.metrics import Metrics
 from mppnode.treasury.search import find_end
 from mppnode.treasury.treasurer import JOB
 
@@ -40,6 +41,8 @@ class Difference:
     what: str
     """Which two, e.g. ``journal/account``."""
     detail: str
+    units: int = 0
+    """By how much, where it is an amount they disagree about."""
 
     def __str__(self) -> str:
         return f"0x{self.channel.hex()} {self.what}: {self.detail}"
@@ -55,6 +58,8 @@ class Totals:
     lost: int = 0
     """Charged and never captured, because the payer got out first."""
     differences: int = 0
+    drift: int = 0
+    """Sum of the amounts that differ."""
 
 
 class Reconciler:
@@ -84,6 +89,7 @@ class Reconciler:
                 self._count(account, paid)
                 for difference in found:
                     self.totals.differences += 1
+                    self.totals.drift += difference.units
                     yield difference
 
     def _count(self, account: Account, paid: int | None) -> None:
@@ -142,7 +148,8 @@ class Reconciler:
         event = (closed_in if intent.kind is IntentKind.CLOSE else settled_in)(account.id, account.escrow, receipt.logs)
         if event is None or event.settled != intent.amount or event.payee != account.descriptor.payee:
             paid = "nothing" if event is None else str(event.settled)
-            return [Difference(account.id, name, f"meant to pay {intent.amount}, paid {paid}")]
+            short = 0 if event is None else abs(event.settled - intent.amount)
+            return [Difference(account.id, name, f"meant to pay {intent.amount}, paid {paid}", short or intent.amount)]
         return []
 
     async def _end_of(self, account: Account) -> ChannelClosed | None:
@@ -159,8 +166,16 @@ class DailyReconcile:
     """Runs the comparison once a day on the node that leads the treasury, and logs what differs."""
 
     def __init__(
-        self, ledger: Ledger, chain: Chain, *, node: Callable[[], NodeId], clock: Clock, log: Log
+        self,
+        ledger: Ledger,
+        chain: Chain,
+        *,
+        node: Callable[[], NodeId],
+        clock: Clock,
+        log: Log,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics if metrics is not None else Metrics.unseen(clock)
         self._ledger = ledger
         self._chain = chain
         self._node = node
@@ -190,6 +205,7 @@ class DailyReconcile:
                 channel = "0x" + difference.channel.hex()
                 self._log("reconcile.difference", level=Level.ERROR, channel=channel, what=difference.what)
         totals = reconciler.totals
+        self._metrics.reconciled(self._clock.now(), totals.differences, totals.drift * PICO_PER_UNIT)
         self._log("reconcile.done", channels=totals.channels, differences=totals.differences, lost=totals.lost)
         return totals
 
@@ -199,10 +215,13 @@ def _against_close(account: Account, closed: ChannelClosed | None) -> list[Diffe
     if closed is None:
         return [Difference(account.id, "close/chain", "the chain has no end of this channel")]
     if closed.settled > account.spent:
-        return [Difference(account.id, "spent/chain", f"spent {account.spent}, but {closed.settled} was captured")]
+        detail = f"spent {account.spent}, but {closed.settled} was captured"
+        return [Difference(account.id, "spent/chain", detail, closed.settled - account.spent)]
     record = account.close
     if record is not None and record.tx_hash is not None and record.capture != closed.settled:
-        return [Difference(account.id, "close/chain", f"fixed {record.capture}, captured {closed.settled}")]
+        detail = f"fixed {record.capture}, captured {closed.settled}"
+        apart = abs((record.capture or 0) - closed.settled)
+        return [Difference(account.id, "close/chain", detail, apart)]
     return []
 
 
@@ -219,9 +238,11 @@ def _against_chain(account: Account, state: ChainSnapshot, intents: Sequence[Int
     )
     for what, ours, theirs in facts:
         if ours != theirs:
-            found.append(Difference(account.id, what, f"books say {ours}, the chain says {theirs}"))
+            difference = abs(ours - theirs)
+            found.append(Difference(account.id, what, f"books say {ours}, the chain says {theirs}", difference))
     if state.settled > account.spent:
-        found.append(Difference(account.id, "spent/chain", f"spent {account.spent}, but {state.settled} was captured"))
+        detail = f"spent {account.spent}, but {state.settled} was captured"
+        found.append(Difference(account.id, "spent/chain", detail, state.settled - account.spent))
     if state.deposit and state.deposit < account.accepted:
         found.append(
             Difference(account.id, "accepted/chain", f"accepted {account.accepted}, deposit {state.deposit}")

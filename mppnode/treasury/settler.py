@@ -25,12 +25,13 @@ from channels.intent import Intent, IntentKind, IntentState
 from channels.model import Account, NodeId
 from channels.signature import address_of
 from channels.tempo_tx import Call, TempoTx
-from channels.units import Units
+from channels.units import PICO_PER_UNIT, Units
 from channels.verify import closed_in, settled_in
 from mppnode.config.secrets import Secret
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.probe import Probe, unwatched
 from mppnode.ledger.base import IntentExists, Ledger
+from mppnode.observe.metrics import Metrics
 from mppnode.treasury.search import find_end
 
 _FEE_STEP: Final = (3, 2)
@@ -73,7 +74,9 @@ class Settler:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         probe: Probe = unwatched,
         limits: SettlerLimits | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics if metrics is not None else Metrics.unseen(clock)
         self._chain = chain
         self._ledger = ledger
         self._key = key
@@ -263,7 +266,9 @@ class Settler:
         outcome = await self._chain.outcome(intent.tx_hash, valid_before=intent.valid_before)
         now = self._clock.now()
         if outcome is Fate.EXPIRED:
-            return await self._move(intent, steps.ended(_unmined(intent, now), IntentState.DEAD, now=now), via=intent)
+            moved = await self._move(intent, steps.ended(_unmined(intent, now), IntentState.DEAD, now=now), via=intent)
+            self._metrics.transaction_failed(intent.kind.value, "dead")
+            return moved
         if not isinstance(outcome, Receipt):
             if intent.state is IntentState.MINED:  # a reorganisation took its block away
                 return await self._move(intent, steps.sent(intent, now=now))
@@ -273,7 +278,9 @@ class Settler:
             if not final:
                 return intent
             reverted = steps.ended(_unmined(intent, now), IntentState.REVERTED, now=now)
-            return await self._move(intent, reverted, via=intent)
+            moved = await self._move(intent, reverted, via=intent)
+            self._metrics.transaction_failed(intent.kind.value, "reverted", self._gas(outcome))
+            return moved
         if intent.state is IntentState.SENT:
             intent = await self._move(intent, steps.mined(intent, outcome.block, now=now))
         if not final:
@@ -284,7 +291,14 @@ class Settler:
             raise ChannelFault(
                 Reason.CHAIN_OUTCOME_UNKNOWN, detail="the transaction paid another amount than was fixed"
             )
-        return await self._move(intent, steps.ended(intent, IntentState.FINAL, now=now))
+        moved = await self._move(intent, steps.ended(intent, IntentState.FINAL, now=now))
+        paid = max(intent.amount - account.chain.settled, 0) * PICO_PER_UNIT
+        self._metrics.settled_on_chain(intent.kind.value, paid, self._gas(outcome))
+        return moved
+
+    def _gas(self, receipt: Receipt) -> int:
+        """What a transaction has cost us, in pico-dollars: fees are paid in dollar tokens of the same decimals."""
+        return receipt.fee_paid(self._payee, self._fee_token) * PICO_PER_UNIT
 
     async def _move(self, before: Intent, after: Intent, *, via: Intent | None = None) -> Intent:
         """Persist a step. Two drivers of one intent never both go on: the second finds it moved."""

@@ -18,11 +18,12 @@ from channels.instants import UnixSeconds
 from channels.signature import address_of
 from channels.sponsor import SponsorPolicy, Sponsorship
 from channels.tempo_tx import Call, SignedTx
-from channels.units import Units
+from channels.units import PICO_PER_UNIT, Units
 from channels.verify import VerifiedOpen
 from mppnode.config.secrets import Secret
 from mppnode.kernel.clock import Clock
 from mppnode.ledger.base import Budget, BudgetSpent, Grant, Ledger
+from mppnode.observe.metrics import Metrics
 
 GAS_CEILING: Final = 2_000_000
 """No measurement is believed beyond this: as much as the reference server pays for."""
@@ -41,7 +42,9 @@ class Sponsor:
         policy: SponsorPolicy,
         budget: Budget,
         clock: Clock,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics if metrics is not None else Metrics.unseen(clock)
         self._ledger = ledger
         self._chain = chain
         self._key = key
@@ -133,6 +136,7 @@ class Sponsor:
                 continue
             if fee is not None:
                 await self._ledger.settle_grant(grant.tx_hash, fee)
+                self._metrics.gas_sponsored(fee * PICO_PER_UNIT)
                 settled += 1
         if failed is not None:
             raise failed
