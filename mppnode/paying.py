@@ -105,7 +105,12 @@ def billing_with(
         return int.from_bytes(world.entropy(8)) % limit
 
     gateway = StripeGateway(
-        billing.secret_key, session=session, below=below, log=world.log, base_url=billing.api_base or BASE_URL
+        billing.secret_key,
+        session=session,
+        below=below,
+        log=world.log,
+        base_url=billing.api_base or BASE_URL,
+        on_call=books.metrics.stripe_called,
     )
     return Billing(
         gateway,

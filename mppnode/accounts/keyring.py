@@ -24,6 +24,7 @@ from channels.credit import (
     CreditAccount,
     CreditFault,
     CreditReason,
+    FundsKind,
     KeyId,
 )
 from channels.instants import UnixMillis, UnixSeconds
@@ -311,13 +312,16 @@ class Accounts:
         """
         at = self._clock.now_millis()
         try:
-            return await self._books.write(lambda: grant(account, gift.reference, gift.amount, at), of=account)
+            given = await self._books.write(lambda: grant(account, gift.reference, gift.amount, at), of=account)
         except OtherAmount:
             raise NodeFault(NodeReason.CONFLICT, field="reference", detail="was used for another amount") from None
         except CreditFault as fault:
             if fault.reason is CreditReason.NOT_FOUND:
                 raise _no_account() from None
             raise NodeFault(NodeReason.INVALID_FIELD, field="amount", detail="does not fit the account") from None
+        if given[1]:
+            self._books.moved(FundsKind.GRANT, gift.amount)
+        return given
 
 
 def _forget_billings(account: AccountId, at: UnixMillis) -> Talk[None]:

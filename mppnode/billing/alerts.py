@@ -62,6 +62,7 @@ class AlertWorker:
         alerts = await self._receiver(task)
         if alerts is None:
             await self._books.move_task(claimed, replace(claimed, state=TaskState.PARKED))
+            self._books.metrics.outbox_attempt(ALERT, "parked")
             return False
         body = orjson.dumps(
             {
@@ -74,14 +75,17 @@ class AlertWorker:
         outcome = await self._sender.send(alerts.url, parse_alert_secret(alerts.secret), id=task.id, body=body)
         if isinstance(outcome, Delivered):
             await self._books.move_task(claimed, replace(claimed, state=TaskState.DONE, due_ms=now))
+            self._books.metrics.outbox_attempt(ALERT, "done")
             return True
         again = None if isinstance(outcome, Refused) else max(_pause(tries), (outcome.after_s or 0) * 1000)
         if again is None or now + again - task.created_ms > GIVE_UP_MS:
             self._log("alert.parked", level=Level.WARNING, account=task.account, why=outcome.problem.value)
             await self._books.move_task(claimed, replace(claimed, state=TaskState.PARKED))
+            self._books.metrics.outbox_attempt(ALERT, "parked")
             return False
         later = orjson.dumps({**document, "tries": tries + 1}).decode()
         await self._books.move_task(claimed, replace(claimed, document=later, due_ms=now + again))
+        self._books.metrics.outbox_attempt(ALERT, "again")
         return False
 
     async def _receiver(self, task: Task) -> Alerts | None:

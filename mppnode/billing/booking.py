@@ -84,12 +84,14 @@ class Bookkeeper:
         Raises:
             CreditFault, OtherAccounts: nothing changed.
         """
-        at = self.books.clock.now_millis()
+        at, made = self.books.clock.now_millis(), list[Booked]()
         self._probe("book.before")
         done = await self.books.write(
-            partial(self._talk, account, tuple(heard), at, event=event, news=news, also=also), of=account
+            partial(self._talk, account, tuple(heard), at, made, event=event, news=news, also=also), of=account
         )
         self._probe("book.after")
+        for booked in made:
+            self.books.moved(booked.payment.kind, booked.moved)
         return done
 
     async def change(
@@ -150,11 +152,13 @@ class Bookkeeper:
         account: AccountId,
         heard: tuple[PaymentRecord, ...],
         at: UnixMillis,
+        made: list[Booked],
         *,
         event: str | None,
         news: Failed | Paid | None,
         also: Also | None,
     ) -> Talk[bool]:
+        made.clear()  # the transaction may be begun more than once
         credit = yield from credit_talk.load_credit(account, lock=True)
         row = yield from credit_lists.find_account(By.ID, account)
         assert row is not None, "an account has a row from its first moment"
@@ -167,6 +171,7 @@ class Bookkeeper:
             # The limit follows each record, of which all but the last are behind it already when it is reached.
             booked = yield from credit_talk.book_payment(account, record, None, self._react(owner, others), at)
             assert booked is not None
+            made.append(booked)
             others += booked.payment.worth
             credit = booked.account
         owner = yield from _suspend_or_not(credit, owner, news, at)

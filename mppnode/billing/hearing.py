@@ -117,6 +117,7 @@ class Hearer:
             case MeterErrors():
                 for error in await self._stripe.meter_errors(event.id):
                     self._log("billing.meter", level=Level.ERROR, code=error.code, count=error.count)
+                    self._books.metrics.meter_error(error.count)
                 await self._books.note_event(event.id)
             case Ignored():
                 pass  # not noted either: nothing would be changed by a copy

@@ -161,6 +161,7 @@ class Meters:
         self._probe("metered.before")
         done = await self._books.move_task(claimed, replace(claimed, state=TaskState.DONE, due_ms=now))
         self._probe("metered.after")
+        self._books.metrics.outbox_attempt(METER, "done")
         return done
 
     async def _was_counted(self, task: Task, report: Report) -> bool:
@@ -188,11 +189,13 @@ class Meters:
         later = replace(report, tries=report.tries + 1)
         due = self._books.clock.now_millis() + pause
         await self._books.move_task(task, _written(task, later, TaskState.DUE, due))
+        self._books.metrics.outbox_attempt(METER, "again")
 
     async def _park(self, task: Task, report: Report, why: str) -> None:
         now = self._books.clock.now_millis()
         self._log("meter.parked", level=Level.ERROR, task=task.id, account=task.account, micro=report.value, why=why)
         await self._books.move_task(task, _written(task, replace(report, why=why), TaskState.PARKED, now))
+        self._books.metrics.outbox_attempt(METER, "parked")
 
 
 class _UnclearError(Exception):

@@ -180,6 +180,7 @@ class Recharger:
             self._log("recharge.unbooked", level=Level.ERROR, task=task.id, reason=fault.reason.value)
             await self._park(task, done, fault.reason.value)
             return
+        self._books.metrics.outbox_attempt(RECHARGE, "done")
         self._log("recharge.paid", account=task.account, cents=cents, payment=payment)
 
     async def _wait(self, task: Task, order: Order) -> None:
@@ -202,6 +203,7 @@ class Recharger:
     async def _move(self, task: Task, order: Order, *, due_in_ms: int) -> None:
         at = self._books.clock.now_millis()
         await self._books.move_task(task, _written(task, order, TaskState.DUE, at + due_in_ms))
+        self._books.metrics.outbox_attempt(RECHARGE, "again")
 
     async def _park(self, task: Task, order: Order, why: str, *, switch_off: bool = False) -> None:
         at = self._books.clock.now_millis()
@@ -221,6 +223,7 @@ class Recharger:
                 yield from credit_talk.add_task(alert(task.account, "recharge.failed", (task.id,), data, at))
 
         await self._books.write(talk, of=task.account)
+        self._books.metrics.outbox_attempt(RECHARGE, "parked")
 
 
 def read_order(task: Task) -> Order:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from mppnode.billing.workers import Sleep, Workers
 from mppnode.config.accounts import TrustLimits
 from mppnode.config.billing import BillingConfig
 from mppnode.gateways.alerts import AlertSender
-from mppnode.gateways.stripe_events import StripeEvent, WebhookReader
+from mppnode.gateways.stripe_events import StripeEvent, WebhookFault, WebhookReader
 from mppnode.gateways.stripe_faults import StripeFault, StripeFaultKind
 from mppnode.gateways.stripe_objects import Purpose
 from mppnode.kernel.clock import Clock
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from mppnode.gateways.stripe_api import StripeGateway
 
 _REFERENCE_BYTES: Final = 12
+_WORDS: Final = re.compile("(?<=[a-z])([A-Z])")
 _CUSTOMER: Final = "api credit"  # what a Checkout calls what is bought
 
 
@@ -205,7 +207,12 @@ class Billing:
         """
         try:
             reader = await self._ready()
-            await self.hearer.hear(reader.read(body, signature))
+            event = reader.read(body, signature)
+            await self.hearer.hear(event)
+            self._books.metrics.webhook(_WORDS.sub(r"_\1", type(event.what).__name__).lower())
+        except WebhookFault as fault:
+            self._books.metrics.webhook_refused(fault.reason.value)
+            raise
         except StripeFault as fault:
             raise told(fault, self._log, "webhook") from None
         except CreditFault:

@@ -120,6 +120,7 @@ class StripeGateway:
         base_url: str = BASE_URL,
         limits: StripeLimits | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        on_call: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._limits = limits or StripeLimits()
         client = stripe.StripeClient(
@@ -127,7 +128,9 @@ class StripeGateway:
             stripe_version=API_VERSION,
             base_addresses={"api": base_url},
             max_network_retries=0,
-            http_client=StripeHttp(session, limits=self._limits, below=below, sleep=sleep, log=log),
+            http_client=StripeHttp(
+                session, limits=self._limits, below=below, sleep=sleep, log=log, on_call=on_call
+            ),
         )
         self._api = client.v1
         self._events = client.v2.core.events

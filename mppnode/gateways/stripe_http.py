@@ -63,8 +63,11 @@ class StripeHttp(stripe.HTTPClient):
         below: Callable[[int], int],
         sleep: Callable[[float], Awaitable[None]],
         log: Log,
+        on_call: Callable[[str], None] = lambda _: None,
     ) -> None:
+        """``on_call`` hears how each attempt ended: ``ok``, or the kind of its fault."""
         super().__init__()
+        self._on_call = on_call
         self._session = session
         self._limits = limits
         self._below = below
@@ -88,6 +91,7 @@ class StripeHttp(stripe.HTTPClient):
         attempt = 1
         while True:
             fault, again, answer = await self._attempt(method, url, sent, post_data)
+            self._on_call("ok" if fault is None else fault.kind.value)
             if answer is not None:
                 return answer
             assert fault is not None

@@ -20,6 +20,8 @@ from channels.credit import (
     CreditHold,
     CreditOutcome,
     CreditPlan,
+    FundsKind,
+    FundsMoved,
     KeyId,
     Released,
     Settle,
@@ -37,6 +39,7 @@ from mppnode.ledger.credit_rows import AccountRow, KeyRow, RequestRow, Task
 from mppnode.ledger.credit_talk import Booked, Reaction, Step
 from mppnode.ledger.life import Life, keep_sweeping
 from mppnode.ledger.talk import Talk, Till
+from mppnode.observe.metrics import Metrics
 
 R = TypeVar("R")
 
@@ -51,7 +54,10 @@ class Credits:
     Every method raises ``ChannelFault`` with ``STORE_UNAVAILABLE`` when the ledger cannot be asked.
     """
 
-    def __init__(self, till: Till, *, clock: Clock, probe: Probe = unwatched) -> None:
+    def __init__(
+        self, till: Till, *, clock: Clock, probe: Probe = unwatched, metrics: Metrics | None = None
+    ) -> None:
+        self.metrics = metrics if metrics is not None else Metrics.unseen(clock)
         self._till = till
         self.clock = clock
         self._probe = probe
@@ -71,7 +77,17 @@ class Credits:
         self._probe("credit.before")
         made = await self._till.write(lambda: credit_talk.transact(account, step, at), of=account)
         self._probe("credit.after")
+        for event in made.events:
+            if isinstance(event, FundsMoved):
+                self.moved(event.kind, event.amount)
         return made
+
+    def moved(self, kind: FundsKind, pico: int) -> None:
+        """Count money that came to an account, or was taken back; once its booking is durable."""
+        if pico >= 0:
+            self.metrics.credited(kind.value, pico)
+        else:
+            self.metrics.taken_back(kind.value, -pico)
 
     async def load(self, account: AccountId) -> CreditAccount | None:
         """The last committed state."""
@@ -91,6 +107,8 @@ class Credits:
             lambda: credit_talk.book_payment(account, heard, event, react, at), of=account
         )
         self._probe("book.after")
+        if booked is not None:
+            self.moved(booked.payment.kind, booked.moved)
         return booked
 
     # ---------------------------------------------------------------------------------------------- accounts and keys
