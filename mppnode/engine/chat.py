@@ -105,7 +105,10 @@ class ChatEngine:
         self._stopping = True
 
     async def end_everything(self) -> None:
-        """End what still runs, each request with its exact bill; returns when all are settled. Nothing begins any more."""
+        """End what still runs, each request with its exact bill, and return when all are settled.
+
+        Nothing begins any more.
+        """
         self._stopping = self._ended = True
         # Not gathered: whoever loses patience must not cancel what is about to be settled.
         for run in tuple(self._runs):

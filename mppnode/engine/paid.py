@@ -154,7 +154,8 @@ class PaidChat:
     def accepted(self, listing: Listing, response: UpstreamResponse | None) -> None:
         """Learn which provider has taken the prompt, and with None that it has failed after all."""
         self.upstream, self.serving = response, listing.provider
-        self.tally = None if response is None else self._engine.tally(self.chat, listing, self.endpoints[listing.provider])
+        endpoint = self.endpoints[listing.provider]
+        self.tally = None if response is None else self._engine.tally(self.chat, listing, endpoint)
 
     async def connect(self, find: Callable[[], Awaitable[Answer]]) -> None:
         """Wait for a provider, unless the client leaves or a newer request takes the channel first.

@@ -53,6 +53,11 @@ class Life:
         self._told = False
         self.id = NodeId("")
 
+    @property
+    def held(self) -> bool:
+        """Whether this life's lease is still running, by our own clock: only then may anything be promised."""
+        return self._clock.monotonic() < self._until
+
     async def begin(self) -> None:
         """Join; an earlier process of the same name is fenced. Raises ``STORE_UNAVAILABLE``."""
         # Measured from before the request: the ledger's clock may start counting as soon as it has left.

@@ -162,6 +162,15 @@ class Health:
                 breaker.lease(number, now)
         return Permit(self, key, track, number)
 
+    def forget(self, provider: str) -> None:
+        """Know nothing of a provider any more: another server, or another key, stands behind its name.
+
+        Attempts under way report to what they began with, which nobody reads.
+        """
+        self._providers.pop(provider, None)
+        for key in [key for key in self._tracks if key[0] == provider]:
+            del self._tracks[key]
+
     def due_probes(self, now: float) -> tuple[Key, ...]:
         """Providers and models whose cool-down is over and whom nobody tries: a probe need not wait for a caller."""
         due: list[Key] = []
