@@ -210,6 +210,10 @@ class RpcChain:
         data = tip20.encode_balance_of(owner)
         return tip20.decode_balance(await self._eth_call(token, data, "latest"))
 
+    async def view(self, to: Address, data: bytes) -> bytes:
+        """What a view of a contract gives at the newest block; empty where there is no contract."""
+        return await self._eth_call(to, data, "latest")
+
     async def receipt(self, tx_hash: Hash32) -> Receipt | None:
         reply = await self._read("eth_getTransactionReceipt", to_hex(tx_hash))
         return None if reply is None else wire.read_receipt(reply, expected=tx_hash)

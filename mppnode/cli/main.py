@@ -40,6 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_money(commands)
     _add_prices(commands)
     _add_accounts(commands)
+    _add_doctor(commands)
 
     demo = commands.add_parser("demo", help="one paid stream on a development network, from open to close")
     demo.add_argument("--json", action="store_true", help="print one summary object and nothing else")
@@ -189,6 +190,16 @@ def _add_keys(
     keys.set_defaults(run=_accounts("keys"))
 
 
+def _add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    doctor = commands.add_parser("doctor", help="look at everything a node needs, and say what to do")
+    doctor.add_argument("--config", type=Path, required=True, metavar="FILE", help="the node's configuration")
+    doctor.add_argument("--json", action="store_true", help="one JSON object per line")
+    doctor.add_argument("--only", action="append", default=[], metavar="NAME", help="only this check (repeatable)")
+    patience = "most one check may take (default 10)"
+    doctor.add_argument("--timeout", type=int, choices=range(1, 301), default=10, metavar="S", help=patience)
+    doctor.set_defaults(run=_doctor)
+
+
 def _money(name: str) -> Callable[[argparse.Namespace], int]:
     def run(options: argparse.Namespace) -> int:
         from mppnode.cli import money
@@ -213,6 +224,12 @@ def _prices(options: argparse.Namespace) -> int:
     from mppnode.cli.prices import run
 
     return run(options)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from mppnode.cli.doctor import doctor
+
+    return doctor(options)
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -34,6 +34,7 @@ LEVELS = {
     "mppnode.customers": 8,
     "mppnode.paying": 8,
     "mppnode.cli": 8,
+    "mppnode.doctor": 8,
     "mppnode.payer": 1,
 }
 PURE_BANS = {"asyncio", "aiohttp", "sqlite3", "os", "logging", "time", "random", "socket", "threading", "web3", "mppnode"}
