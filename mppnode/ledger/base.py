@@ -139,6 +139,10 @@ class Ledger(ChannelStore, Till, Protocol):
         """
         ...
 
+    async def promised(self) -> Units:
+        """What was granted in the last hour: the fee where it is known, else the most it may be."""
+        ...
+
     async def settle_grant(self, tx_hash: Hash32, fee: Units) -> None:
         """Replace a grant's maximum by what was really paid; zero when it provably never was included."""
         ...

@@ -253,6 +253,42 @@ def due_tasks(kind: str, now: UnixMillis, limit: int) -> Talk[list[Task]]:
     return [task_of(row) for row in rows]
 
 
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """The tasks of a kind that are not done: how many are due and parked, and the earliest times of those due."""
+
+    due: int = 0
+    parked: int = 0
+    due_ms: int | None = None
+    created_ms: int | None = None
+
+
+def waiting_tasks() -> Talk[dict[str, Waiting]]:
+    """What is in the outbox, by kind."""
+    select = "SELECT kind, COUNT(*), MIN(due_ms), MIN(created_ms) FROM outbox WHERE state = '{}' GROUP BY kind"
+    due = yield select.format("due"), ()
+    parked = yield select.format("parked"), ()
+    stuck = {kind: number for kind, number, _, _ in parked}
+    found = {kind: Waiting(number, stuck.pop(kind, 0), at, created) for kind, number, at, created in due}
+    return found | {kind: Waiting(parked=number) for kind, number in stuck.items()}
+
+
+def usable_keys() -> Talk[int]:
+    """How many keys have not been revoked."""
+    ((number,),) = yield "SELECT COUNT(*) FROM api_key WHERE ended = 0", ()
+    return int(number)
+
+
+def unbilled_micro() -> Talk[int]:
+    """Millionths of a dollar of post-paid usage that is not in any report yet, running requests included."""
+    select = (
+        "SELECT CAST(COALESCE(SUM((owed - prepaid) / 1000000 - reported_micro), 0) AS BIGINT) FROM credit"
+        " WHERE overdraft > 0 AND (owed - prepaid) / 1000000 > reported_micro"
+    )
+    ((total,),) = yield select, ()
+    return int(total)
+
+
 def tasks(account: AccountId | None, kind: str, state: TaskState | None, limit: int) -> Talk[list[Task]]:
     """The newest tasks of a kind."""
     condition, values = "kind = ?", [kind]

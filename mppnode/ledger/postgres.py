@@ -204,6 +204,10 @@ class PostgresStore:
         """See :meth:`Ledger.grant`."""
         return await self._do(lambda db: desk.grant(db, grant, budget))
 
+    async def promised(self) -> Units:
+        """See :meth:`Ledger.promised`."""
+        return await self._read(desk.promised)
+
     async def settle_grant(self, tx_hash: Hash32, fee: Units) -> None:
         """See :meth:`Ledger.settle_grant`."""
         await self._do(lambda db: desk.settle_grant(db, tx_hash, fee))

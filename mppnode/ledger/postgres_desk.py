@@ -116,11 +116,7 @@ async def grant(db: Connection, wanted: Grant, budget: Budget) -> bool:
     await db.fetch("SELECT value FROM meta WHERE name = 'sponsoring' FOR UPDATE")
     if await db.fetchval("SELECT 1 FROM sponsored WHERE tx_hash = $1", wanted.tx_hash):
         return False
-    spent = await db.fetch(
-        "SELECT sender, coalesce(fee, fee_max)::text AS fee FROM sponsored"
-        " WHERE granted_at > now() - interval '1 hour'"
-    )
-    check_budget(wanted, budget, [(row["sender"], int(row["fee"])) for row in spent])
+    check_budget(wanted, budget, await _recent(db))
     await db.execute(
         "INSERT INTO sponsored (tx_hash, sender, fee_max, valid_before, granted_at)"
         " VALUES ($1, $2, $3::text::numeric, $4, now())",
@@ -130,6 +126,19 @@ async def grant(db: Connection, wanted: Grant, budget: Budget) -> bool:
         wanted.valid_before,
     )
     return True
+
+
+async def promised(db: Connection) -> Units:
+    """Of the last hour."""
+    return Units(sum(fee for _, fee in await _recent(db)))
+
+
+async def _recent(db: Connection) -> list[tuple[bytes, int]]:
+    spent = await db.fetch(
+        "SELECT sender, coalesce(fee, fee_max)::text AS fee FROM sponsored"
+        " WHERE granted_at > now() - interval '1 hour'"
+    )
+    return [(row["sender"], int(row["fee"])) for row in spent]
 
 
 async def settle_grant(db: Connection, tx_hash: Hash32, fee: Units) -> None:

@@ -222,6 +222,10 @@ class SqliteStore:
         """See :meth:`Ledger.grant`."""
         return await self._do(lambda db: desk.grant(db, grant, budget, self._clock.now_millis()))
 
+    async def promised(self) -> Units:
+        """See :meth:`Ledger.promised`."""
+        return await self._read(lambda db: desk.promised(db, self._clock.now_millis()))
+
     async def settle_grant(self, tx_hash: Hash32, fee: Units) -> None:
         """See :meth:`Ledger.settle_grant`."""
         await self._do(lambda db: desk.settle_grant(db, tx_hash, fee))

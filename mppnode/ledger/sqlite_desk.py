@@ -100,15 +100,24 @@ def grant(db: sqlite3.Connection, wanted: Grant, budget: Budget, now: UnixMillis
     """Raises ``BudgetSpent``; a repeat is recognised before that."""
     if db.execute("SELECT 1 FROM sponsored WHERE tx_hash = ?", (wanted.tx_hash,)).fetchone():
         return False
-    spent = db.execute(
-        "SELECT sender, coalesce(fee, fee_max) FROM sponsored WHERE granted_at > ?", (now - HOUR_MS,)
-    ).fetchall()
-    check_budget(wanted, budget, [(sender, int(fee)) for sender, fee in spent])
+    check_budget(wanted, budget, _recent(db, now))
     db.execute(
         "INSERT INTO sponsored (tx_hash, sender, fee_max, valid_before, granted_at) VALUES (?, ?, ?, ?, ?)",
         (wanted.tx_hash, wanted.sender, padded(wanted.fee_max), wanted.valid_before, now),
     )
     return True
+
+
+def promised(db: sqlite3.Connection, now: UnixMillis) -> Units:
+    """Of the last hour."""
+    return Units(sum(fee for _, fee in _recent(db, now)))
+
+
+def _recent(db: sqlite3.Connection, now: UnixMillis) -> list[tuple[bytes, int]]:
+    spent = db.execute(
+        "SELECT sender, coalesce(fee, fee_max) FROM sponsored WHERE granted_at > ?", (now - HOUR_MS,)
+    ).fetchall()
+    return [(sender, int(fee)) for sender, fee in spent]
 
 
 def settle_grant(db: sqlite3.Connection, tx_hash: Hash32, fee: Units) -> None:

@@ -170,7 +170,6 @@ PRICE_TIME: Final = _latest(
     "price_timestamp_seconds", "Unix time at which a provider's prices were last confirmed.", labels.PROVIDER
 )
 PRICES_HELD: Final = _latest("prices_held", "Prices that wait for the operator's word.", labels.PROVIDER)
-PRICE_VERDICTS: Final = _counter("price_verdicts", "Prices read, by what became of them.", labels.PRICE_VERDICT)
 
 # --------------------------------------------------------------------------------------------------- channels and chain
 
@@ -182,12 +181,12 @@ SETTLED_USD: Final = _counter("settled_usd", "Dollars the chain has paid out, fi
 TRANSACTIONS: Final = _counter("transactions", "Transactions that ended.", labels.INTENT_KIND, labels.TX_RESULT)
 GAS_USD: Final = _counter("gas_usd", "Dollars paid for gas.", labels.GAS_FOR)
 CHANNELS_OPENED: Final = _counter("channels_opened", "Channels opened.")
-CHANNELS: Final = _latest("channels", "Channels in the ledger, by phase.", labels.CHANNEL_PHASE)
+CHANNELS: Final = _latest("channels", "Channels that are not closed, by phase.", labels.CHANNEL_PHASE)
 CHANNEL_USD: Final = _latest("channel_usd", "Dollars in channels that are not closed.", labels.CHANNEL_MONEY)
 UNSETTLED_AGE: Final = _latest("unsettled_oldest_age_seconds", "Age of the oldest earned and unsettled dollar.")
 CLOSE_REQUESTS: Final = _latest("close_requests", "Payers' requests to close that are not answered.")
 CLOSE_REQUEST_AGE: Final = _latest("close_request_oldest_age_seconds", "Age of the oldest such request.")
-EXPOSURE_USD: Final = _summed("exposure_usd", "Dollars delivered that no voucher or balance covers yet.", labels.RAIL)
+EXPOSURE_USD: Final = _summed("exposure_usd", "Dollars delivered and not recorded: what a crash costs.", labels.RAIL)
 FEE_PAYER_USD: Final = _latest("fee_payer_balance_usd", "Dollars the fee payer has left for gas.")
 SPONSOR_USED_USD: Final = _latest("sponsor_budget_used_usd", "Dollars promised for payers' gas in the last hour.")
 SPONSOR_USD: Final = _latest("sponsor_budget_usd", "Dollars that may be promised per hour.")
@@ -204,7 +203,7 @@ CREDITED_USD: Final = _counter("credited_usd", "Dollars credited to accounts.", 
 TAKEN_BACK_USD: Final = _counter("taken_back_usd", "Dollars taken back from accounts.", labels.FUNDS_KIND)
 UNBILLED_USD: Final = _latest("unbilled_usd", "Dollars of post-paid usage not reported to Stripe yet.")
 OUTBOX_TASKS: Final = _latest("outbox_tasks", "Tasks that are not done.", labels.OUTBOX_KIND, labels.OUTBOX_STATE)
-OUTBOX_AGE: Final = _latest("outbox_oldest_age_seconds", "How long the oldest task has been due.", labels.OUTBOX_KIND)
+OUTBOX_AGE: Final = _latest("outbox_oldest_age_seconds", "How late the oldest task is.", labels.OUTBOX_KIND)
 OUTBOX_ATTEMPTS: Final = _counter("outbox_attempts", "Attempts at tasks.", labels.OUTBOX_KIND, labels.OUTBOX_RESULT)
 WEBHOOKS: Final = _counter("webhooks", "Webhooks taken in.", labels.WEBHOOK)
 WEBHOOKS_REFUSED: Final = _counter("webhooks_refused", "Webhooks refused, by reason.", labels.WEBHOOK_REFUSAL)

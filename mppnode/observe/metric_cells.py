@@ -158,6 +158,10 @@ class Gauge(_Family):
             labels = self._folded(labels)
         self.cells[labels] = Reading(value, self._board.now_ms())
 
+    def clear(self) -> None:
+        """Have no value any more, until it is set again."""
+        self.cells.clear()
+
     def move(self, by: int, *labels: str) -> None:
         """Raise or lower what counts things that are there now; never below nothing."""
         if labels not in self.cells:

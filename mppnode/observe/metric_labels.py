@@ -237,19 +237,6 @@ class StripeResult(StrEnum):
     OUTCOME_UNKNOWN = "outcome_unknown"
 
 
-class PriceVerdict(StrEnum):
-    """What became of one price of a provider's list."""
-
-    NEW = "new"
-    SAME = "same"
-    CHANGED = "changed"
-    ACCEPTED = "accepted"
-    HELD = "held"
-    SKIPPED = "skipped"
-    GONE = "gone"
-    FAILED = "failed"
-
-
 class Store(StrEnum):
     """Where the ledger is."""
 
@@ -290,7 +277,7 @@ VOUCHER_REFUSAL: Final = _of("reason", Reason)
 HOLD_REFUSAL: Final = _of("reason", Reason, CreditReason)
 PAUSE_END: Final = _of("ended", PauseEnd)
 DISCONNECT_PHASE: Final = _of("phase", DisconnectPhase)
-CHANNEL_PHASE: Final = _of("phase", Phase)
+CHANNEL_PHASE: Final = Label("phase", tuple(phase.value for phase in Phase if phase is not Phase.CLOSED))
 CHANNEL_MONEY: Final = _of("money", ChannelMoney)
 INTENT_KIND: Final = _of("kind", IntentKind)
 TX_RESULT: Final = _of("result", TxResult)
@@ -303,7 +290,6 @@ OUTBOX_RESULT: Final = _of("result", OutboxResult)
 WEBHOOK: Final = _of("kind", Webhook)
 WEBHOOK_REFUSAL: Final = _of("reason", WebhookRefusal)
 STRIPE_RESULT: Final = _of("result", StripeResult)
-PRICE_VERDICT: Final = _of("verdict", PriceVerdict)
 STORE: Final = _of("store", Store)
 
 

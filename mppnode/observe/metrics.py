@@ -86,7 +86,6 @@ class Metrics(Collector):
         self._model_providers = board.gauge(catalog.MODEL_PROVIDERS)
         self._price_time = board.gauge(catalog.PRICE_TIME)
         self._prices_held = board.gauge(catalog.PRICES_HELD)
-        self._price_verdicts = board.counter(catalog.PRICE_VERDICTS)
         self._build_money(board)
         for rail in Rail:
             self._requests_active.put(0, rail.value)
@@ -268,10 +267,6 @@ class Metrics(Collector):
         self._price_time.put(at_s, provider)
         self._prices_held.put(held, provider)
 
-    def price_judged(self, verdict: str, count: int = 1) -> None:
-        """So many prices were judged alike."""
-        self._price_verdicts.add(count, verdict)
-
     # ------------------------------------------------------------------------------------------------------ channels
 
     def voucher_accepted(self, delta_pico: int, seconds: float) -> None:
@@ -304,7 +299,7 @@ class Metrics(Collector):
         self._gas.add(gas_pico, "sponsor")
 
     def channels(self, by_phase: Mapping[str, int]) -> None:
-        """How many channels are in each phase; phases that are not named have none."""
+        """How many channels that are not closed are in each phase; phases that are not named have none."""
         for phase in catalog.CHANNELS.labels[0].values:
             self._channels.put(by_phase.get(phase, 0), phase)
 
@@ -314,6 +309,19 @@ class Metrics(Collector):
         self._channel_money.put(earned_pico, ChannelMoney.EARNED)
         self._channel_money.put(headroom_pico, ChannelMoney.HEADROOM)
         self._channel_money.put(unsigned_pico, ChannelMoney.UNSIGNED)
+
+    def relieved(self) -> None:
+        """Another process looks after the channels now: what this one last saw of them is no news any more."""
+        for gauge in (
+            self._channels,
+            self._channel_money,
+            self._unsettled_age,
+            self._close_requests,
+            self._close_request_age,
+            self._differences,
+            self._drift,
+        ):
+            gauge.clear()
 
     def unsettled_age(self, seconds: float) -> None:
         """How long the oldest earned dollar has not been settled; 0 when all are."""

@@ -42,12 +42,21 @@ class Catalog:
     """The listings in force at one moment; it never changes. ``stale_s`` is the age at which a price expires.
 
     ``unpriced`` are the (provider, model) pairs the configuration names and nobody has a price for: they are not sold.
+    ``held`` counts by provider the prices in the file that wait for the operator's word.
     """
 
-    def __init__(self, listings: Iterable[Listing], *, stale_s: int, unpriced: Iterable[tuple[str, str]] = ()) -> None:
+    def __init__(
+        self,
+        listings: Iterable[Listing],
+        *,
+        stale_s: int,
+        unpriced: Iterable[tuple[str, str]] = (),
+        held: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         self._by_model: dict[str, tuple[Listing, ...]] = {}
         self._stale_s = stale_s
         self.unpriced = tuple(unpriced)
+        self.held = held
         for listing in listings:
             known = self._by_model.get(listing.model, ())
             if any(other.provider == listing.provider for other in known):
@@ -132,7 +141,8 @@ def build_catalog(
         replace(listing, abilities=listing.abilities & able[listing.provider]) if listing.provider in able else listing
         for listing in listings
     ]
-    return Catalog(listings, stale_s=config.pricing.stale_s, unpriced=unpriced)
+    held = Counter(name for name, known in by_provider.items() for entry in known.values() if entry.held is not None)
+    return Catalog(listings, stale_s=config.pricing.stale_s, unpriced=unpriced, held=held)
 
 
 def _markup(provider: ProviderConfig, config: Config) -> int:

@@ -218,6 +218,10 @@ class CreditRail:
         tasks = self._notices(before, made.account, account=admission.account, key=admission.key, now=at)
         return made, [row, *tasks]
 
+    def unrecorded(self) -> int:
+        """Pico of all live requests that have left this process and are not in the ledger yet."""
+        return sum(tab.unrecorded for tab in self._enders)
+
     def begun(self, tab: CreditTab, end: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """Remember a running request and how it is ended from outside."""
         self._enders[tab] = end

@@ -85,6 +85,11 @@ class CreditTab:
         """See :meth:`Tab.ended`."""
         return self._ended
 
+    @property
+    def unrecorded(self) -> int:
+        """Pico that have left this process and are not in the ledger yet."""
+        return max(self.delivered() - self._recorded, 0)
+
     def narrow(self, *, token_pico: int, reserve_pico: int, cap_pico: int) -> None:  # noqa: ARG002 - there are no windows
         """See :meth:`Tab.narrow`."""
         self._cap = min(self._cap, cap_pico)

@@ -49,6 +49,10 @@ class LiveChannels:
         """Channels with running requests: the ones whose changes elsewhere matter here."""
         return self._tabs.keys()
 
+    def unrecorded(self) -> int:
+        """Pico of all live requests that have left this process and are not in the ledger yet."""
+        return sum(tab.unrecorded for tabs in self._tabs.values() for tab in tabs)
+
     def expect(self, hold: HoldId) -> None:
         """Say that a hold is about to be reserved; from now on it is ours until :meth:`forget`."""
         self._holds.add(hold)

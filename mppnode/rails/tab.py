@@ -103,6 +103,11 @@ class SessionTab:
         """Why this tab can never cover more, or None: a newer request took the channel, it is closing, and so on."""
         return self._ended
 
+    @property
+    def unrecorded(self) -> int:
+        """Pico that have left this process and are not in the ledger yet."""
+        return max(self.delivered() - self._recorded, 0)
+
     def narrow(self, *, token_pico: int, reserve_pico: int, cap_pico: int) -> None:
         """Go on with the prices of the provider that serves: what was reserved is for the dearest that might have.
 

@@ -8,9 +8,9 @@ exit ends; from the request to the exit there are 900 seconds of block time, and
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from channels.chain import Chain
@@ -20,12 +20,13 @@ from channels.ids import Address, ChannelId
 from channels.instants import UnixSeconds
 from channels.intent import IntentKind
 from channels.model import Account, NodeId, ObserveChain, Phase
-from channels.units import Units
+from channels.units import PICO_PER_UNIT, Units
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.tasks import TaskOwner
 from mppnode.ledger.base import Ledger, Which
 from mppnode.ledger.books import Books
 from mppnode.observe.logs import Level, Log
+from mppnode.observe.metrics import Metrics
 from mppnode.treasury.closer import Closer
 from mppnode.treasury.settler import Settler
 from mppnode.treasury.watcher import Watcher
@@ -58,6 +59,25 @@ class TreasuryPolicy:
     """Transactions in flight, and as many closes of payers who leave; more would only queue at the RPC."""
 
 
+@dataclass(slots=True)
+class Survey:
+    """Sums over the channels that are not closed, in units."""
+
+    phases: Counter[str] = field(default_factory=Counter)
+    claimable: int = 0
+    earned: int = 0
+    headroom: int = 0
+    unsigned: int = 0
+
+    def add(self, account: Account) -> None:
+        """Count one channel."""
+        self.phases[account.phase.value] += 1
+        self.claimable += max(account.accepted - account.chain.settled, 0)
+        self.earned += max(account.spent - account.chain.settled, 0)
+        self.headroom += account.accepted - account.spent
+        self.unsigned += max(account.chain.deposit - account.accepted, 0)
+
+
 class Treasurer:
     """The loop that watches, settles and closes. Also runs alone, as the watchtower."""
 
@@ -77,7 +97,9 @@ class Treasurer:
         policy: TreasuryPolicy,
         chores: Sequence[Callable[[], Awaitable[object]]] = (),
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        metrics: Metrics | None = None,
     ) -> None:
+        self._metrics = metrics if metrics is not None else Metrics.unseen(clock)
         self._chain = chain
         self._ledger = ledger
         self._books = books
@@ -113,6 +135,7 @@ class Treasurer:
                     await self.turn()
                 else:
                     self._relieved_at = self._clock.monotonic()
+                    self._metrics.relieved()
                 await self._adopt()
             except ChannelFault as fault:
                 self._log("treasury.late", level=Level.WARNING, reason=fault.reason.value)
@@ -130,6 +153,11 @@ class Treasurer:
             self._swept_at = now
             for chore in self._chores:
                 await chore()
+
+    @property
+    def blind(self) -> bool:
+        """Whether this process leads and has not seen the chain for too long."""
+        return self._blind
 
     def _look_for_blindness(self) -> None:
         seen_at = max(self._watcher.checked_at, self._relieved_at)
@@ -157,11 +185,13 @@ class Treasurer:
         self._fee = await self._chain.fee_units(self._policy.settle_gas)
         owed: defaultdict[Address, int] = defaultdict(int)
         leaving: list[Account] = []
+        survey = Survey()
         after, seen = None, set[ChannelId]()
         while page := await self._ledger.page(Which.NOT_CLOSED, after=after):
             after = page[-1].id
             for account in page:
                 seen.add(account.id)
+                survey.add(account)
                 payer = account.descriptor.payer
                 owed[payer] += account.unsettled
                 if account.phase is Phase.CONTESTED:
@@ -173,6 +203,23 @@ class Treasurer:
             self._react(account)
         self._since = {channel: at for channel, at in self._since.items() if channel in seen}
         self._owed = owed
+        self._report(survey, leaving)
+
+    def _report(self, survey: Survey, leaving: Sequence[Account]) -> None:
+        """Show operators what this review saw."""
+        self._metrics.channels(survey.phases)
+        self._metrics.channel_money(
+            claimable_pico=survey.claimable * PICO_PER_UNIT,
+            earned_pico=survey.earned * PICO_PER_UNIT,
+            headroom_pico=survey.headroom * PICO_PER_UNIT,
+            unsigned_pico=survey.unsigned * PICO_PER_UNIT,
+        )
+        now = self._clock.monotonic()
+        self._metrics.unsettled_age(max((now - at for at in self._since.values()), default=0.0))
+        # A payer who leaves and owes nothing worth a fee needs no answer.
+        waiting = [account for account in leaving if account.unsettled > self._fee or account.holds]
+        asked = min((account.chain.close_requested_at or 0 for account in waiting), default=self._clock.now())
+        self._metrics.close_requests(len(waiting), max(self._clock.now() - asked, 0))
 
     def _weigh(self, account: Account, owed_by_payer: int) -> None:
         policy, fee, now = self._policy, self._fee, self._clock.monotonic()

@@ -114,4 +114,5 @@ CREATE TABLE outbox (
   created_ms BIGINT NOT NULL
 );
 CREATE INDEX outbox_due ON outbox (kind, due_ms) WHERE state = 'due';
+CREATE INDEX outbox_parked ON outbox (kind, created_ms) WHERE state = 'parked';
 CREATE INDEX outbox_account ON outbox (account, kind, created_ms);

@@ -141,7 +141,6 @@ def test_every_reporter_reaches_a_metric_of_its_own():
         (lambda: metrics.breaker_state(PROVIDER, 4), "provider_standing", rack, 4),
         (lambda: metrics.providers_usable(MODEL, 0), "model_providers_usable", model, 0),
         (lambda: metrics.prices_confirmed(PROVIDER, 77, 2), "prices_held", rack, 2),
-        (lambda: metrics.price_judged("held", 5), "price_verdicts_total", {"verdict": "held"}, 5),
         (lambda: metrics.voucher_accepted(2 * 10**12, 0.001), "accepted_usd_total", {}, 2),
         (lambda: metrics.voucher_refused("voucher_too_low"), "vouchers_refused_total", {"reason": "voucher_too_low"}, 1),
         (metrics.channel_opened, "channels_opened_total", {}, 1),

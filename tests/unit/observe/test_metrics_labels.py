@@ -38,7 +38,6 @@ def values(enum):
         (labels.AttemptResult, set(get_args(FaultKind)) | {"ok"}),
         (labels.WebhookRefusal, values(WebhookReason)),
         (labels.StripeResult, values(StripeFaultKind) | {"ok"}),
-        (labels.PriceVerdict, values(Verdict)),
     ],
 )
 def test_labels_say_what_the_rooms_above_say(ours, theirs):
@@ -106,7 +105,6 @@ def test_a_flood_of_names_keys_and_error_texts_makes_no_series():
         metrics.breaker_state(a, 1)
         metrics.providers_usable(model, 1)
         metrics.prices_confirmed(a, 1, 1)
-        metrics.price_judged(a)
         metrics.voucher_refused(a)
         metrics.settled_on_chain(a, 1, 1)
         metrics.transaction_failed(a, b, 1)

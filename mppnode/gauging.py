@@ -1,0 +1,136 @@
+"""What is measured by looking, every few seconds: money, channels, providers, prices, keys, tasks, and the loop itself.
+
+What can be counted where it happens is counted there. This is the rest: states that nobody reports, because they change
+by themselves or are everybody's. A look that fails leaves the values as they were; the next one comes soon.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from prometheus_client import CollectorRegistry
+
+from channels.chain import Chain
+from channels.faults import ChannelFault
+from channels.ids import Address
+from channels.units import PICO_PER_UNIT
+from mppnode.config.schema import Config
+from mppnode.engine.market import Market, Readiness
+from mppnode.kernel.clock import Clock
+from mppnode.ledger.base import Ledger
+from mppnode.ledger.credit_lists import Waiting, unbilled_micro, usable_keys, waiting_tasks
+from mppnode.ledger.credits import Credits
+from mppnode.observe.logs import Level, Log
+from mppnode.observe.metric_labels import OutboxKind, Rail, Vocabulary
+from mppnode.observe.metrics import Metrics
+from mppnode.rails.credit import CreditRail
+from mppnode.rails.live import LiveChannels
+
+LOOP_S: Final = 0.5
+"""Between two looks at the clock: a stall of a second is seen at least once."""
+HERE_S: Final = 5.0
+"""Between two looks at what is in this process's memory."""
+LEDGER_S: Final = 30.0
+"""Between two looks at what is in the ledger: five short statements; the shortest alert on them waits a minute."""
+CHAIN_S: Final = 30.0
+"""Between two questions to the chain's node, which may be paid for by the call."""
+_TIMED: Final = (OutboxKind.ALERT, OutboxKind.RECHARGE)
+"""Late when nobody has tried at the time they set themselves: a card that was declined waits for days, and so may a
+customer's own receiver. A report of usage is late when it is not with Stripe. A suspension stands until it is lifted.
+"""
+
+Sleep = Callable[[float], Awaitable[None]]
+
+
+def build_metrics(config: Config, clock: Clock, registry: CollectorRegistry) -> Metrics:
+    """The metrics of a node whose providers are known; its models follow with the catalog (:meth:`Metrics.know`)."""
+    vocabulary = Vocabulary(providers=[provider.name for provider in config.providers])
+    return Metrics(registry, clock=clock, vocabulary=vocabulary)
+
+
+@dataclass(frozen=True, slots=True)
+class Gauges:
+    """Everything that is looked at, and where it is shown."""
+
+    metrics: Metrics
+    clock: Clock
+    log: Log
+    ledger: Ledger
+    chain: Chain
+    fee_token: Address
+    fee_payer: Address
+    sponsor_budget_pico: int
+    market: Market
+    live: LiveChannels
+    credit: CreditRail
+    books: Credits
+
+    def daemons(self, sleep: Sleep) -> Iterator[tuple[str, Awaitable[None]]]:
+        """The loops to spawn, by name."""
+        yield "loop lag", self.watch_loop(sleep)
+        yield "gauges here", self._keep(self.look_here, HERE_S, sleep)
+        yield "gauges ledger", self._keep(self.look_at_ledger, LEDGER_S, sleep)
+        yield "gauges chain", self._keep(self.look_at_chain, CHAIN_S, sleep)
+
+    async def _keep(self, look: Callable[[], Awaitable[None]], every_s: float, sleep: Sleep) -> None:
+        while True:
+            try:
+                await look()
+            except ChannelFault as fault:
+                self.log("gauges.late", level=Level.DEBUG, reason=fault.reason.value)
+            await sleep(every_s)
+
+    async def watch_loop(self, sleep: Sleep) -> None:
+        """See how late the loop runs a timer."""
+        while True:
+            due = self.clock.monotonic() + LOOP_S
+            await sleep(LOOP_S)
+            self.metrics.loop_lag(max(self.clock.monotonic() - due, 0.0))
+
+    async def look_here(self) -> None:
+        """Exposure, providers and prices, as this process sees them."""
+        self.metrics.exposure(Rail.SESSION.value, self.live.unrecorded())
+        self.metrics.exposure(Rail.CREDIT.value, self.credit.unrecorded())
+        catalog, now = self.market.catalog(), self.clock.monotonic()
+        self.metrics.know(models=catalog.models(), providers=self.market.endpoints)
+        worst: defaultdict[str, int] = defaultdict(int)
+        priced: dict[str, int] = {}
+        for index, model in enumerate(catalog.models()):
+            usable = 0
+            for listing in catalog.listings(model):
+                usable += self.market.readiness(listing) is not Readiness.UNAVAILABLE
+                standing = self.market.router.health.standing((listing.provider, model), now)
+                worst[listing.provider] = max(worst[listing.provider], standing)
+                if listing.priced_at is not None:
+                    priced[listing.provider] = min(priced.get(listing.provider, listing.priced_at), listing.priced_at)
+            self.metrics.providers_usable(model, usable)
+            if index % 64 == 63:  # noqa: PLR2004 - streams go on while a catalog of thousands is looked through
+                await asyncio.sleep(0)
+        for provider in self.market.endpoints:
+            self.metrics.breaker_state(provider, worst[provider])
+            if provider in priced:
+                self.metrics.prices_confirmed(provider, priced[provider], catalog.held.get(provider, 0))
+
+    async def look_at_ledger(self) -> None:
+        """Keys, tasks, and what is promised or not billed yet. Raises ``STORE_UNAVAILABLE``."""
+        now = self.clock.now_millis()
+        outbox = await self.books.read(waiting_tasks)
+        for kind in OutboxKind:
+            found = outbox.get(kind.value, Waiting())
+            since = found.created_ms if kind is OutboxKind.METER else found.due_ms if kind in _TIMED else None
+            late = 0.0 if since is None else max(now - since, 0) / 1000
+            self.metrics.outbox(kind.value, due=found.due, parked=found.parked, oldest_s=late)
+        self.metrics.keys_active(await self.books.read(usable_keys))
+        self.metrics.unbilled(await self.books.read(unbilled_micro) * PICO_PER_UNIT)
+        self.metrics.sponsor_budget(await self.ledger.promised() * PICO_PER_UNIT, self.sponsor_budget_pico)
+
+    async def look_at_chain(self) -> None:
+        """How far behind the chain's node is, and what is left for gas. Raises ``CHAIN_UNAVAILABLE``."""
+        head = await self.chain.head()
+        self.metrics.chain_head_age(max(self.clock.now() - head.timestamp, 0))
+        balance = await self.chain.balance_of(self.fee_token, self.fee_payer)
+        self.metrics.fee_payer_balance(balance * PICO_PER_UNIT)
