@@ -19,14 +19,17 @@ from channels.model import AcceptVoucher, Voucher
 from channels.signature import address_of
 from channels.wire.challenge import ChallengeMac
 from mppnode.config.schema import Config
-from mppnode.customers import Customers, build_customers, customer_surfaces
+from mppnode.config.secrets import Secret
+from mppnode.customers import Customers, build_customers, customer_surfaces, open_tokens
 from mppnode.engine.chat import ChatEngine
 from mppnode.engine.prober import Prober
 from mppnode.engine.stream import StreamLimits
 from mppnode.http.admin import admin_app
 from mppnode.http.billing_routes import BillingPort
+from mppnode.http.drain import FAREWELL_S, Drain
 from mppnode.http.keyed import KeyedChat
 from mppnode.http.middleware import fault_boundary, stamp
+from mppnode.http.ops import Exposition, OpsSurface, Phase, Vitals, ops_app
 from mppnode.kernel.requests import ChatLimits
 from mppnode.kernel.tasks import TaskOwner
 from mppnode.ledger.base import Ledger
@@ -42,6 +45,7 @@ from mppnode.rails.presented import Seller
 from mppnode.rails.session import SessionRail, SessionTerms
 from mppnode.rails.tab import TabPolicy
 from mppnode.registry import SURFACES
+from mppnode.reload import Running
 from mppnode.selling import Sales, build_sales, public_hosts
 
 _HEADER_BYTES_MAX = 24 * 1024  # a 16 KiB credential (reliability: section 2.9) and its scheme, with room
@@ -52,8 +56,12 @@ _SETTLE_S = 5.0  # for commits and a close whose transaction is in flight; a clo
 class Node:
     """One running node. ``start`` it once, ``stop`` it once."""
 
-    def __init__(self, config: Config, world: World) -> None:
+    def __init__(self, config: Config, world: World, *, exposition: Exposition | None = None) -> None:
+        """``exposition`` renders the metrics; without one there is no ``/metrics``."""
         self._config = config
+        self._exposition = exposition
+        self._drain = Drain()
+        self._running: Running | None = None
         self._world = world
         self._log = world.log
         self._exit = contextlib.AsyncExitStack()
@@ -68,8 +76,10 @@ class Node:
         self.customers: Customers | None = None
         self.paying: Paying | None = None
         self.sales: Sales | None = None
+        self.vitals: Vitals | None = None
         self.url = ""
         self.admin_url = ""
+        self.ops_url = ""
 
     async def start(self) -> None:
         """Open the ledger, recover it, check the chain, then listen.
@@ -125,10 +135,12 @@ class Node:
         self._exit.push_async_callback(customers.idempotence.catch_up)  # before our claims are a dead node's
         recovered += await customers.sweeper.sweep()
         self.paying = paying = await build_paying(config, world, customers, ledger=ledger, life=life, exits=self._exit)
-        engine = self._build_engine()
+        engine = self._build_engine(rail, customers, paying)
         self._engine = engine
+        self.vitals = vitals = self._vitals(ledger, life, money)
         await money.closer.resume()
         self._daemon(life.keep(), "beat")
+        self._daemon(vitals.keep(asyncio.sleep), "vitals")
         self._daemon(sweeper.keep(asyncio.sleep, self._late), "sweep")
         self._daemon(customers.sweeper.keep(asyncio.sleep, self._late), "sweep credit")
         self._daemon(customers.idempotence.keep(asyncio.sleep, self._late), "purge answers")
@@ -137,7 +149,9 @@ class Node:
         world.probe("listen.before")
         for name, loop in paying.daemons(asyncio.sleep):
             self._daemon(loop, name)
+        await vitals.look()
         await self._listen(engine, rail, books, customers, paying.port)
+        vitals.phase = Phase.OK
         self._log("node.started", url=self.url, chain=config.chain.chain_id, recovered=recovered)
         world.probe("listen.after")
 
@@ -192,7 +206,7 @@ class Node:
             tab_policy=TabPolicy(session.window_units_max, session.preauthorise_max),
         )
 
-    def _build_engine(self) -> ChatEngine:
+    def _build_engine(self, rail: SessionRail, customers: Customers, paying: Paying) -> ChatEngine:
         config, limits = self._config, self._config.limits
         transport = Transport(
             TransportLimits(first_byte_s=limits.first_token_s, idle_s=limits.idle_s), public=public_hosts(config)
@@ -201,9 +215,9 @@ class Node:
         sales = build_sales(config, clock=self._world.clock, entropy=self._world.entropy, log=self._log)
         self.sales = sales
         prober = Prober(sales.market, transport, clock=self._world.clock, log=self._log)
-        self._daemon(sales.shelf.keep(asyncio.sleep), "prices")
+        self._daemon(sales.keep(asyncio.sleep), "prices")
         self._daemon(prober.keep(asyncio.sleep), "probe")
-        return ChatEngine(
+        engine = ChatEngine(
             market=sales.market,
             counters=sales.counters,
             transport=transport,
@@ -217,6 +231,38 @@ class Node:
             log=self._log,
             probe=self._world.probe,
         )
+        self._running = Running(
+            sales,
+            engine,
+            transport,
+            rail,
+            customers,
+            paying,
+            lambda jwt: open_tokens(jwt, self._world, self._owner, self._exit),
+        )
+        return engine
+
+    def _vitals(self, ledger: Ledger, life: Life, money: Treasury) -> Vitals:
+        assert self.sales is not None
+        return Vitals(
+            ping=ledger.living,
+            lease=lambda: life.held,
+            chain=lambda: not money.treasurer.blind,
+            providers=self.sales.sells,
+            owner=self._owner,
+            clock=self._world.clock,
+        )
+
+    def _admin_token(self) -> Secret[str]:
+        assert self._config.admin is not None
+        return self._config.admin.token
+
+    async def _listen_to_operators(self, vitals: Vitals) -> None:
+        where = self._config.metrics
+        if where is not None:
+            surface = OpsSurface(vitals, self._exposition)
+            app = ops_app(surface, log=self._log, entropy=self._world.entropy)
+            _, self.ops_url = await self._serve(app, where.host, where.port)
 
     async def _listen(
         self, engine: ChatEngine, rail: SessionRail, books: Books, customers: Customers, billing: BillingPort | None
@@ -247,9 +293,13 @@ class Node:
             app.add_routes(made.routes())
         for theirs in customer_surfaces(config, self._world, customers, billing):
             app.add_routes(theirs.routes())
+        assert self.vitals is not None
+        app.add_routes(OpsSurface(self.vitals).routes())
+        self._drain.watch(app)
+        await self._listen_to_operators(self.vitals)
         if config.admin is not None:
             operator = admin_app(
-                token=config.admin.token,
+                token=self._admin_token,
                 keyring=customers.keyring,
                 accounts=customers.accounts,
                 books=customers.books,
@@ -272,7 +322,7 @@ class Node:
             keepalive_timeout=_KEEP_ALIVE_S,
             max_field_size=_HEADER_BYTES_MAX,
             auto_decompress=False,  # compressed bodies are refused; aiohttp would unpack them first, or fail to
-            shutdown_timeout=float(config.limits.drain_s),
+            shutdown_timeout=FAREWELL_S,  # the drain has waited for what runs already
         )
         await runner.setup()
         self._exit.push_async_callback(runner.cleanup)
@@ -285,16 +335,31 @@ class Node:
     async def stop(self) -> None:
         """Take no more requests, let running streams end, settle their bills, then close everything."""
         self._world.probe("drain.before")
-        if self._engine is not None:
-            self._engine.stop()
-        if self._runner is not None:
-            await self._runner.cleanup()
+        if self.vitals is not None:
+            self.vitals.phase = Phase.DRAINING
+        if self._engine is not None and self._runner is not None:
+            limits = self._config.limits
+            await self._drain.run(self._runner, self._engine, delay_s=limits.drain_delay_s, drain_s=limits.drain_s)
         self._world.probe("drain.after")
         await self._daemons.drain(deadline_s=0)
-        # The runner has waited for the streams already; what is left are their bills and closes in flight.
+        # The streams and their bills are over already; what is left are closes in flight.
         await self._owner.drain(deadline_s=min(_SETTLE_S, self._config.limits.drain_s))
         await self._exit.aclose()
         self._log("node.stopped")
+
+    def hurry(self) -> None:
+        """Cut a stop short: what still runs is ended at once, each request with its exact bill."""
+        self._drain.hurry()
+
+    async def reload(self, config: Config) -> None:
+        """Take up what may change without a restart: see :func:`mppnode.reload.taken_up`, which made this ``config``.
+
+        Raises:
+            CatalogError, TokenizerError, ValueError: nothing has changed.
+        """
+        assert self._running is not None
+        await self._running.take(self._config, config)
+        self._config = config
 
     def _task_failed(self, name: str, error: BaseException) -> None:
         reason = error.reason.value if isinstance(error, ChannelFault) else type(error).__name__

@@ -48,7 +48,7 @@ async def build_customers(
     """
     accounts, clock = config.accounts, world.clock
     books = Credits(ledger, clock=clock, probe=world.probe)
-    tokens = None if accounts.jwt is None else await _tokens(accounts.jwt, world, owner, exits)
+    tokens = None if accounts.jwt is None else await open_tokens(accounts.jwt, world, owner, exits)
     directory = Directory(
         books,
         clock=clock,
@@ -100,7 +100,8 @@ def customer_surfaces(
     return account, usage, BillingSurface(directory=directory, billing=billing)
 
 
-async def _tokens(jwt: JwtConfig, world: World, owner: TaskOwner, exits: contextlib.AsyncExitStack) -> Tokens:
+async def open_tokens(jwt: JwtConfig, world: World, owner: TaskOwner, exits: contextlib.AsyncExitStack) -> Tokens:
+    """The reader of one issuer's tokens. Raises as :func:`build_customers`."""
     try:
         from mppnode.accounts.bearer import TokenPolicy, parse_jwks, shared_secret
         from mppnode.accounts.tokens import TokenReader

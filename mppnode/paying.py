@@ -34,6 +34,8 @@ class Paying:
 
     port: BillingPort | None
     workers: Workers
+    rekey: Callable[[BillingConfig], None] = lambda _: None
+    """Use other secrets of the same processor account from now on."""
 
     def daemons(self, sleep: Sleep) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
         """The loops to spawn, by name."""
@@ -76,7 +78,7 @@ async def _with_stripe(
         await service.start()
     except NodeFault as fault:
         world.log("billing.unavailable", level=Level.ERROR, why=fault.message)
-    return Paying(service, service.workers)
+    return Paying(service, service.workers, service.rekey)
 
 
 def billing_with(

@@ -14,7 +14,7 @@ from mppnode.engine.chat import Counter
 from mppnode.engine.chooser import AutoChooser
 from mppnode.engine.market import Market
 from mppnode.kernel.clock import Clock
-from mppnode.kernel.listing import ProviderKind
+from mppnode.kernel.listing import Listing, ProviderKind
 from mppnode.kernel.wishes import Optimize
 from mppnode.metering.tokenizer import TokenizerFile
 from mppnode.observe.logs import Level, Log
@@ -91,6 +91,10 @@ class Sales:
         """
         able = {each.name: PRESETS[each.preset].abilities for each in config.providers if each.preset is not None}
         shelf = Shelf(config, able=able, on_swap=self._swapped, on_error=self._unreadable)
+
+        def listings(model: str) -> tuple[Listing, ...]:
+            return shelf.current.listings(model)  # each time anew: the shelf exchanges its catalog by itself
+
         routing = config.routing
         policy = RoutingPolicy(
             strategy=routing.strategy,
@@ -102,7 +106,7 @@ class Sales:
             seed_compat=routing.seed_compat,
         )
         router = Router(
-            lambda model: shelf.current.listings(model),
+            listings,
             health=self._health,
             below=self._below,
             policy=policy,

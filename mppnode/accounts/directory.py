@@ -107,6 +107,10 @@ class Directory:
             return await self._by_key(parse_key(bearer), trusts, fresh=fresh)
         return await self._by_token(bearer, trusts, fresh=fresh)
 
+    def trust(self, tokens: Tokens | None) -> None:
+        """Take the tokens of another issuer, or of nobody, from the next request on."""
+        self._tokens = tokens
+
     async def again(self, admission: Admission) -> Admission:
         """The same bearer after a change of its account. Raises as :meth:`admit`."""
         self._known.pop(admission.bearer, None)

@@ -90,6 +90,17 @@ class Billing:
         except StripeFault as fault:
             raise told(fault, self._log, "start") from None
 
+    def rekey(self, config: BillingConfig) -> None:
+        """Use the key and the webhook secrets of ``config`` from now on; what is sold, and how, stays as it is.
+
+        The next webhook asks whose key it is, as the first one after a start does.
+        """
+        self._config = replace(
+            self._config, secret_key=config.secret_key, webhook_secrets=config.webhook_secrets
+        )
+        self._stripe.rekey(config.secret_key)
+        self._reader = None
+
     def daemons(self, sleep: Sleep) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
         """The loops to spawn, by name; each works on the node that leads."""
         return self.workers.daemons(sleep)

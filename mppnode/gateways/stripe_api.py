@@ -123,14 +123,18 @@ class StripeGateway:
         on_call: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._limits = limits or StripeLimits()
+        self._base_url = base_url
+        self._http = StripeHttp(session, limits=self._limits, below=below, sleep=sleep, log=log, on_call=on_call)
+        self.rekey(secret)
+
+    def rekey(self, secret: Secret[str]) -> None:
+        """Call with another key of the same account from now on."""
         client = stripe.StripeClient(
             secret.reveal(),
             stripe_version=API_VERSION,
-            base_addresses={"api": base_url},
+            base_addresses={"api": self._base_url},
             max_network_retries=0,
-            http_client=StripeHttp(
-                session, limits=self._limits, below=below, sleep=sleep, log=log, on_call=on_call
-            ),
+            http_client=self._http,
         )
         self._api = client.v1
         self._events = client.v2.core.events

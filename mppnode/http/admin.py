@@ -43,7 +43,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def admin_app(
     *,
-    token: Secret[str],
+    token: Callable[[], Secret[str]],
     keyring: Keyring,
     accounts: Accounts,
     books: Credits,
@@ -53,8 +53,8 @@ def admin_app(
     billing: BillingPort | None = None,
     private_alerts: bool = False,
 ) -> web.Application:
-    """The application; whoever runs it binds it to ``[admin]``'s host and port."""
-    if not token.reveal():
+    """The application; whoever runs it binds it to ``[admin]``'s host and port. ``token`` gives the one in force."""
+    if not token().reveal():
         raise ValueError("the admin API needs a token")
     surface = AdminSurface(keyring, accounts, books, clock, billing, private_alerts=private_alerts)
     app = web.Application(middlewares=[fault_boundary(log, entropy), _gate(token)], client_max_size=_BODY_MAX)
@@ -63,13 +63,12 @@ def admin_app(
     return app
 
 
-def _gate(token: Secret[str]) -> Middleware:
-    # Digests are compared, so that not even the length of the token shows in the time it takes.
-    wanted = hashlib.sha256(token.reveal().encode()).digest()
-
+def _gate(token: Callable[[], Secret[str]]) -> Middleware:
     @web.middleware
     async def gate(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
+            # Digests are compared, so that not even the length of the token shows in the time it takes.
+            wanted = hashlib.sha256(token().reveal().encode()).digest()
             given = hashlib.sha256(bearer_of(request).encode("utf-8", "surrogateescape")).digest()
             if not hmac.compare_digest(given, wanted):
                 raise NodeFault(NodeReason.INVALID_KEY, detail="is not the token of this admin API")

@@ -65,7 +65,7 @@ class Vitals:
         owner: TaskOwner,
         clock: Clock,
     ) -> None:
-        """``ping`` asks the ledger anything; the others say whether the lease is held, the chain seen, anybody sells."""
+        """``ping`` asks the ledger anything; the others: is the lease held, the chain seen, does anybody sell."""
         self._ping = ping
         self._lease = lease
         self._chain = chain

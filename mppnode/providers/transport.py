@@ -500,6 +500,10 @@ class Transport:
         self._pools: dict[Origin, _Pool] = {}
         self._closed = False
 
+    def guard(self, public: frozenset[str]) -> None:
+        """Keep these hosts, instead of those from before, out of private networks."""
+        self._public = public
+
     async def open(self, request: UpstreamRequest) -> Response:
         """Send ``request`` and return once the headers of its response are in, whatever its status.
 

@@ -106,6 +106,10 @@ class SessionRail:
 
     # ----------------------------------------------------------------------------------------------------- offers
 
+    def rekey(self, mac: ChallengeMac) -> None:
+        """Sign challenges with other secrets from now on, and take those that these secrets signed."""
+        self._mac = mac
+
     def challenges(self, offer: Offer, snapshot: SessionSnapshot | None = None) -> list[Challenge]:
         """Fresh challenges for an offer, one per session protocol; they differ between calls only in id and expiry."""
         return [self._challenge(offer, escrow, snapshot) for escrow in self._terms.seller.escrows]

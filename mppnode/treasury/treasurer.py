@@ -159,6 +159,11 @@ class Treasurer:
         """Whether this process leads and has not seen the chain for too long."""
         return self._blind
 
+    @property
+    def blind(self) -> bool:
+        """Whether this process leads and has not seen the chain for too long."""
+        return self._blind
+
     def _look_for_blindness(self) -> None:
         seen_at = max(self._watcher.checked_at, self._relieved_at)
         blind = self._clock.monotonic() - seen_at > self._policy.alarm_s

@@ -33,6 +33,7 @@ LEVELS = {
     "mppnode.selling": 8,
     "mppnode.customers": 8,
     "mppnode.paying": 8,
+    "mppnode.reload": 8,
     "mppnode.cli": 8,
     "mppnode.doctor": 8,
     "mppnode.payer": 1,

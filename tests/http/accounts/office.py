@@ -131,7 +131,7 @@ async def office(folder: Path, *, billing: BillingPort | None = None, till: Till
     app.add_routes(UsageSurface(directory=directory, books=books).routes())
     app.add_routes(BillingSurface(directory=directory, billing=billing).routes())
     ruled = admin_app(
-        token=Secret(ADMIN), keyring=keyring, accounts=accounts, books=books, clock=clock, log=log, entropy=os.urandom, billing=billing
+        token=lambda: Secret(ADMIN), keyring=keyring, accounts=accounts, books=books, clock=clock, log=log, entropy=os.urandom, billing=billing
     )
     try:
         async with TestServer(app) as public, TestServer(ruled) as admin, ClientSession() as http:
