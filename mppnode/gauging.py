@@ -8,25 +8,30 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
-from typing import Final
+from pathlib import Path
+from typing import Any, Final
 
 from prometheus_client import CollectorRegistry
 
 from channels.chain import Chain
 from channels.faults import ChannelFault
 from channels.ids import Address
+from channels.signature import address_of
 from channels.units import PICO_PER_UNIT
 from mppnode.config.schema import Config
+from mppnode.customers import Customers
 from mppnode.engine.market import Market, Readiness
 from mppnode.kernel.clock import Clock
 from mppnode.ledger.base import Ledger
 from mppnode.ledger.credit_lists import Waiting, unbilled_micro, usable_keys, waiting_tasks
 from mppnode.ledger.credits import Credits
+from mppnode.observe.exposition import render
 from mppnode.observe.logs import Level, Log
-from mppnode.observe.metric_labels import OutboxKind, Rail, Vocabulary
+from mppnode.observe.metric_labels import OutboxKind, Rail, Store, Vocabulary
 from mppnode.observe.metrics import Metrics
+from mppnode.parts import World
 from mppnode.rails.credit import CreditRail
 from mppnode.rails.live import LiveChannels
 
@@ -52,6 +57,29 @@ def build_metrics(config: Config, clock: Clock, registry: CollectorRegistry) -> 
     return Metrics(registry, clock=clock, vocabulary=vocabulary)
 
 
+def page_of(registry: CollectorRegistry) -> Callable[[str], tuple[bytes, str]]:
+    """From an ``Accept`` header to a page of metrics and its content type; to be called in a thread."""
+
+    def page(accept: str) -> tuple[bytes, str]:
+        made = render(registry, accept)
+        return made.body, made.content_type
+
+    return page
+
+
+def commits_into(metrics: Metrics, config: Config) -> Callable[[float | None], None]:
+    """What a ledger tells of its commits, as metrics."""
+    store = (Store.SQLITE if isinstance(config.node.ledger, Path) else Store.POSTGRES).value
+
+    def committed(seconds: float | None) -> None:
+        if seconds is None:
+            metrics.commit_failed(store)
+        else:
+            metrics.committed(store, seconds)
+
+    return committed
+
+
 @dataclass(frozen=True, slots=True)
 class Gauges:
     """Everything that is looked at, and where it is shown."""
@@ -69,7 +97,36 @@ class Gauges:
     credit: CreditRail
     books: Credits
 
-    def daemons(self, sleep: Sleep) -> Iterator[tuple[str, Awaitable[None]]]:
+    @classmethod
+    def of(
+        cls,
+        config: Config,
+        world: World,
+        metrics: Metrics,
+        *,
+        ledger: Ledger,
+        chain: Chain,
+        market: Market,
+        live: LiveChannels,
+        customers: Customers,
+    ) -> Gauges:
+        """Those of a node."""
+        return cls(
+            metrics=metrics,
+            clock=world.clock,
+            log=world.log,
+            ledger=ledger,
+            chain=chain,
+            fee_token=config.chain.fee_token,
+            fee_payer=address_of(config.chain.payee_key.reveal()),
+            sponsor_budget_pico=config.treasury.sponsor_budget * PICO_PER_UNIT if config.treasury.sponsor else 0,
+            market=market,
+            live=live,
+            credit=customers.rail,
+            books=customers.books,
+        )
+
+    def daemons(self, sleep: Sleep) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
         """The loops to spawn, by name."""
         yield "loop lag", self.watch_loop(sleep)
         yield "gauges here", self._keep(self.look_here, HERE_S, sleep)

@@ -31,6 +31,7 @@ from mppnode.ledger.books import Books
 from mppnode.ledger.ending import Ending
 from mppnode.ledger.life import Life
 from mppnode.observe.logs import Level, Log
+from mppnode.observe.metrics import Metrics
 from mppnode.registry import STORES
 from mppnode.treasury.closer import Closer
 from mppnode.treasury.desk import ChainDesk
@@ -128,6 +129,7 @@ def build_treasury(
     life: Life,
     owner: TaskOwner,
     quiesce: Callable[[ChannelId], Awaitable[None]],
+    metrics: Metrics | None = None,
 ) -> Treasury:
     """Put the treasury together; nothing runs yet."""
     clock, payee, escrows = world.clock, address_of(config.chain.payee_key.reveal()), escrows_of(config)
@@ -140,6 +142,7 @@ def build_treasury(
         entropy=world.entropy,
         node=lambda: life.id,
         probe=world.probe,
+        metrics=metrics,
     )
     settler.on_no_effect = lambda intent: world.log(
         "treasury.no_effect", level=Level.ERROR, channel="0x" + intent.channel.hex(), kind=intent.kind.value
@@ -159,7 +162,7 @@ def build_treasury(
     terms = {
         escrow.protocol: Terms(escrow, payee, config.chain.token, sponsored=policy.sponsor) for escrow in escrows
     }
-    sponsor = _sponsor(config, world, ledger, chain)
+    sponsor = _sponsor(config, world, ledger, chain, metrics)
     treasurer = Treasurer(
         chain=chain,
         ledger=ledger,
@@ -178,13 +181,16 @@ def build_treasury(
             idle_close_s=policy.idle_close_s,
         ),
         chores=() if sponsor is None else (sponsor.settle_open_grants,),
+        metrics=metrics,
     )
     desk = ChainDesk(chain, terms=terms, clock=clock, sponsor=sponsor, probe=world.probe)
-    daily = DailyReconcile(ledger, chain, node=lambda: life.id, clock=clock, log=world.log)
+    daily = DailyReconcile(ledger, chain, node=lambda: life.id, clock=clock, log=world.log, metrics=metrics)
     return Treasury(desk, settler, closer, treasurer, ending, daily)
 
 
-def _sponsor(config: Config, world: World, ledger: Ledger, chain: Chain) -> Sponsor | None:
+def _sponsor(
+    config: Config, world: World, ledger: Ledger, chain: Chain, metrics: Metrics | None
+) -> Sponsor | None:
     """Who pays the fees of payers' transactions, if anybody does."""
     terms = config.treasury
     if not terms.sponsor:
@@ -196,4 +202,5 @@ def _sponsor(config: Config, world: World, ledger: Ledger, chain: Chain) -> Spon
         policy=SponsorPolicy(fee_tokens=(config.chain.fee_token,), fee_units_max=terms.sponsor_fee_max),
         budget=Budget(terms.sponsor_grants_per_hour, terms.sponsor_budget),
         clock=world.clock,
+        metrics=metrics,
     )
