@@ -46,8 +46,9 @@ async def _memory(case: Case, _: str) -> Finding:
     found, config = await aside(case.machine.memory_bytes), case.config
     if found is None:
         return skip("the kernel does not tell")
-    need = config.node.workers * (config.limits.streams_max * _STREAM_BYTES + _NODE_BYTES)
-    text = f"{found >> 20} MiB are free; {config.node.workers} x {config.limits.streams_max} streams need {need >> 20} MiB"
+    workers, streams = config.node.workers, config.limits.streams_max
+    need = workers * (streams * _STREAM_BYTES + _NODE_BYTES)
+    text = f"{found >> 20} MiB can be had; {workers} x {streams} streams need {need >> 20} MiB"
     remedy = "lower limits.streams_max or node.workers, or give the machine more memory"
     if found < need:
         return fail(text, remedy)

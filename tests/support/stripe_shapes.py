@@ -117,6 +117,7 @@ SHAPES: dict[tuple[str, str], Shape] = {
         frozenset({"customer", "start_time", "end_time"}),
         "billing.MeterEventSummaryListParams",
     ),
+    ("GET", "/v1/webhook_endpoints"): Shape({"limit": LISTED["limit"], "starting_after": ID}, source="WebhookEndpointListParams"),
     ("GET", "/v1/account"): Shape({}),
     ("GET", "/v1/balance"): Shape({}),
     ("GET", "/v1/payment_intents/{id}"): Shape({}),
@@ -126,7 +127,7 @@ SHAPES: dict[tuple[str, str], Shape] = {
 }
 LISTS = {
     "/v1/payment_intents": "payment_intent", "/v1/refunds": "refund", "/v1/disputes": "dispute", "/v1/billing/meters": "billing.meter",
-    "/v1/subscriptions": "subscription", "/v1/invoices": "invoice", "/v1/invoice_payments": "invoice_payment",
+    "/v1/webhook_endpoints": "webhook_endpoint", "/v1/subscriptions": "subscription", "/v1/invoices": "invoice", "/v1/invoice_payments": "invoice_payment",
 }
 
 
