@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import datetime
+import datetime as dt
 import json
 import os
-import shutil
 import socket
 import ssl
+import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -44,10 +44,10 @@ def make_certificate(folder: Path) -> None:
     """A certificate for localhost that nobody but the test trusts."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "localhost")])
-    now = datetime.datetime.now(datetime.UTC)  # noqa: DTZ005, TID251 - TLS looks at the wall clock
+    now = dt.datetime.now(dt.UTC)  # noqa: TID251 - TLS looks at the wall clock
     built = x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-    built = built.serial_number(x509.random_serial_number()).not_valid_before(now - datetime.timedelta(days=1))
-    built = built.not_valid_after(now + datetime.timedelta(days=1))
+    built = built.serial_number(x509.random_serial_number()).not_valid_before(now - dt.timedelta(days=1))
+    built = built.not_valid_after(now + dt.timedelta(days=1))
     built = built.add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
     built = built.add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
     certificate = built.sign(key, hashes.SHA256())
@@ -330,29 +330,32 @@ async def deaf(*, answers: bool) -> AsyncIterator[Deaf]:
     made = Deaf(answers)
     server = await asyncio.start_server(made.serve, "127.0.0.1", 0, limit=1 << 17)
     async with server:
-        made.address = "127.0.0.1:{}".format(server.sockets[0].getsockname()[1])
+        made.address = f"127.0.0.1:{server.sockets[0].getsockname()[1]}"
         yield made
 
 
 async def test_a_post_that_was_sent_is_never_sent_again(kind: str, tmp_path: Path) -> None:
     """Where the node dies over a request the client is told so, even if another node is there and the key is idempotent."""
-    async with deaf(answers=False) as one, deaf(answers=False) as two:
-        async with proxy_before(kind, tmp_path, [one.address, two.address]) as proxy, proxy.session() as http:
-            for headers in ({}, {"Idempotency-Key": "k" * 20}):
-                before = one.requests + two.requests
-                async with http.post(f"{proxy.url}/v1/chat/completions", json=chat(), headers=headers) as response:
-                    assert response.status == 502
-                assert one.requests + two.requests == before + 1
+    async with (
+        deaf(answers=False) as one,
+        deaf(answers=False) as two,
+        proxy_before(kind, tmp_path, [one.address, two.address]) as proxy,
+        proxy.session() as http,
+    ):
+        for headers in ({}, {"Idempotency-Key": "k" * 20}):
+            before = one.requests + two.requests
+            async with http.post(f"{proxy.url}/v1/chat/completions", json=chat(), headers=headers) as response:
+                assert response.status == 502
+            assert one.requests + two.requests == before + 1
 
 
 async def test_connections_to_the_node_are_kept(kind: str, tmp_path: Path) -> None:
     """Requests of several clients share one HTTP/1.1 connection to the node, and no header says to close it."""
-    async with deaf(answers=True) as node:
-        async with proxy_before(kind, tmp_path, [node.address]) as proxy:
-            for _ in range(3):
-                async with proxy.session() as http, http.post(f"{proxy.url}/v1/x", json={}) as response:
-                    assert response.status == 200
-                    await response.read()
+    async with deaf(answers=True) as node, proxy_before(kind, tmp_path, [node.address]) as proxy:
+        for _ in range(3):
+            async with proxy.session() as http, http.post(f"{proxy.url}/v1/x", json={}) as response:
+                assert response.status == 200
+                await response.read()
     assert (node.requests, node.connections) == (3, 1)
     assert all(b" HTTP/1.1\r\n" in head for head in node.heads)
     assert not any(b"connection: close" in head.lower() for head in node.heads)
@@ -361,9 +364,13 @@ async def test_connections_to_the_node_are_kept(kind: str, tmp_path: Path) -> No
 async def test_plain_http_is_refused_and_not_redirected(tmp_path: Path) -> None:
     """A redirect would hide from a client that it sends its key in clear text."""
     need("nginx")
-    async with deaf(answers=True) as node, proxy_before("nginx", tmp_path, [node.address]) as proxy:
-        async with aiohttp.ClientSession() as http, http.get(f"http://127.0.0.1:{proxy.plain}/v1/models") as response:
-            assert response.status == 403
+    async with (
+        deaf(answers=True) as node,
+        proxy_before("nginx", tmp_path, [node.address]) as proxy,
+        aiohttp.ClientSession() as http,
+        http.get(f"http://127.0.0.1:{proxy.plain}/v1/models") as response,
+    ):
+        assert response.status == 403
     assert node.requests == 0
 
 
@@ -382,12 +389,11 @@ async def test_long_credentials_pass_over_http_2(kind: str, tmp_path: Path) -> N
     assert b"A" * (16 * 1024) in node.heads[0]
 
 
-def test_both_files_are_formatted_and_name_the_same_node() -> None:
-    """The node's port and the public name are the same in both, and where Caddy is, its formatter has nothing to say."""
-    nginx, caddy = ((ROOT / "docs/deploy" / name).read_text() for name in ("nginx.conf", "Caddyfile"))
-    for text in (nginx, caddy):
-        assert "127.0.0.1:8402" in text
-        assert "api.example.com" in text
-    assert "\nflush_interval" not in caddy.replace("\t", "")
-    if shutil.which("caddy") is None:
-        need("caddy")
+def test_both_files_name_the_same_node_and_caddys_formatter_has_nothing_to_say() -> None:
+    """The node's address and the public name are the same in both; a file the formatter would change is hard to compare."""
+    nginx, caddy = ROOT / "docs/deploy/nginx.conf", ROOT / "docs/deploy/Caddyfile"
+    for path in (nginx, caddy):
+        assert "127.0.0.1:8402" in path.read_text()
+        assert "api.example.com" in path.read_text()
+    formatted = subprocess.run([need("caddy"), "fmt", caddy], capture_output=True, text=True, check=False)
+    assert formatted.stdout == caddy.read_text()
