@@ -104,13 +104,24 @@ class Reloadable(Protocol):
 class Reloader:
     """Reads the configuration again whenever it is asked to; askers during a reload are served by one more."""
 
-    def __init__(self, config: Config, *, load: Callable[[], Config], service: Reloadable | None, log: Log) -> None:
-        """``load`` reads the file; ``service`` is None when nothing can be changed without a restart."""
+    def __init__(
+        self,
+        config: Config,
+        *,
+        load: Callable[[], Config],
+        service: Reloadable | None,
+        log: Log,
+        asked: asyncio.Event | None = None,
+    ) -> None:
+        """``load`` reads the file; ``service`` is None when nothing can be changed without a restart.
+
+        ``asked`` is set by whoever wants a reload, as :meth:`ask` does.
+        """
         self._config = config
         self._load = load
         self._service = service
         self._log = log
-        self._asked = asyncio.Event()
+        self._asked = asked or asyncio.Event()
 
     def ask(self) -> None:
         """Reload soon; may be called from a signal handler of the loop, as often as anybody likes."""

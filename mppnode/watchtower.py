@@ -15,6 +15,7 @@ import aiohttp
 from channels.faults import ChannelFault
 from channels.ids import ChannelId
 from mppnode.config.schema import Config
+from mppnode.http.ops import Exposition, OpsListener, OpsSurface, Phase, Vitals, ops_app
 from mppnode.kernel.tasks import TaskOwner
 from mppnode.ledger.books import Books
 from mppnode.ledger.life import Life, Lost, Sweeper
@@ -27,8 +28,21 @@ _SETTLE_S = 5.0
 class Watchtower:
     """Ledger, chain and treasury. ``start`` it once, ``stop`` it once."""
 
-    def __init__(self, config: Config, world: World, *, name: str = "watchtower", beside: bool = False) -> None:
-        """``beside`` opens a SQLite ledger that a node may have in use; it is for short visits."""
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        *,
+        name: str = "watchtower",
+        beside: bool = False,
+        exposition: Exposition | None = None,
+    ) -> None:
+        """``beside`` opens a SQLite ledger that a node may have in use; it is for short visits.
+
+        ``exposition`` renders the metrics; without one there is no ``/metrics``.
+        """
+        self._exposition = exposition
+        self.ops_url = ""
         self._config = replace(config, node=replace(config.node, name=f"{config.node.name}-{name}"))
         self._beside = beside
         self._world = world
@@ -77,13 +91,41 @@ class Watchtower:
         )
 
     async def start(self) -> None:
-        """Open everything and begin to work. Raises as :meth:`open`."""
+        """Open everything and begin to work. Raises as :meth:`open`, and ``OSError`` for a port that is taken."""
         await self.open()
         sweeper = Sweeper(self.ledger, self.books, self.life, ours=lambda _: False)
         self._daemons.spawn(sweeper.keep(asyncio.sleep, self._late), name="sweep")
         self._daemons.spawn(self.treasury.treasurer.keep(), name="treasury")
         self._daemons.spawn(self.treasury.daily.keep(asyncio.sleep), name="reconcile")
+        try:
+            await self._listen_to_operators()
+        except BaseException:
+            await self.stop()
+            raise
         self._world.log("watchtower.started", chain=self._config.chain.chain_id)
+
+    async def _listen_to_operators(self) -> None:
+        where = self._config.metrics
+        if where is None:
+            return
+        vitals = Vitals(
+            ping=self.ledger.living,
+            lease=lambda: self.life.held,
+            chain=lambda: not self.treasury.treasurer.blind,
+            providers=lambda: True,  # it has none and needs none
+            owner=self._owner,
+            clock=self._world.clock,
+        )
+        self._daemons.spawn(vitals.keep(asyncio.sleep), name="vitals")
+        await vitals.look()
+        vitals.phase = Phase.OK
+        surface = OpsSurface(vitals, self._exposition)
+        listener = OpsListener(ops_app(surface, log=self._world.log, entropy=self._world.entropy))
+        self._exit.push_async_callback(listener.stop)
+        self.ops_url = await listener.start(where.host, where.port)
+
+    def hurry(self) -> None:
+        """Nothing here waits for anybody for long."""
 
     async def stop(self) -> None:
         """Begin nothing new, give transactions in flight a moment, close; intents go on at the next start."""

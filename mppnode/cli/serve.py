@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import sqlite3
 import sys
 from collections.abc import Callable, Coroutine
@@ -14,13 +13,16 @@ from typing import Any, Protocol
 
 from channels.faults import ChannelFault
 from mppnode.app import Node
+from mppnode.cli.orders import Orders
 from mppnode.config.load import ConfigError, environment, load_config
 from mppnode.config.schema import Config, LogFormat
 from mppnode.kernel.clock import SystemClock
+from mppnode.kernel.tasks import TaskOwner
 from mppnode.ledger.base import LedgerError
 from mppnode.ledger.sqlite import InstanceLocked
 from mppnode.observe.logs import Level, Log, make_log
 from mppnode.parts import World, WrongChain
+from mppnode.reload import Reloader
 from mppnode.watchtower import Watchtower
 
 _BAD_CONFIG = 2
@@ -36,17 +38,21 @@ def serve(path: Path, *, workers: int | None = None, worker: str | None = None) 
     if worker is not None:
         from mppnode.cli.workers import read_worker, worker_config
 
-        return run(_run(worker_config(config, *read_worker(worker)), Node, leashed=True))
-    config = replace(config, node=replace(config.node, workers=workers or config.node.workers))
-    if config.node.workers > 1:
-        return run(_supervise(path, config))
-    return run(_run(config, Node))
+        place = read_worker(worker)
+        return run(_run(config, Node, path, lambda found: worker_config(found, *place), leashed=True))
+
+    def manned(found: Config) -> Config:
+        return replace(found, node=replace(found.node, workers=workers or found.node.workers))
+
+    if manned(config).node.workers > 1:
+        return run(_supervise(path, manned(config)))
+    return run(_run(config, Node, path, manned))
 
 
 def watchtower(path: Path) -> int:
     """Run the treasury alone: it settles and closes, and serves nobody."""
     config = read_config(path)
-    return _BAD_CONFIG if config is None else run(_run(config, Watchtower))
+    return _BAD_CONFIG if config is None else run(_run(config, Watchtower, path, lambda found: found))
 
 
 def read_config(path: Path) -> Config | None:
@@ -76,19 +82,31 @@ def log_of(config: Config) -> Log:
 class _Service(Protocol):
     async def start(self) -> None: ...
     async def stop(self) -> None: ...
+    def hurry(self) -> None: ...
 
 
-async def _run(config: Config, make: Callable[[Config, World], _Service], *, leashed: bool = False) -> int:
-    """Run a service until it is told to stop or its ledger fails; the exit status says which."""
-    log, stop, fatal = log_of(config), _stop_signal(), list[BaseException]()
+async def _run(
+    config: Config,
+    make: Callable[[Config, World], _Service],
+    path: Path,
+    mine: Callable[[Config], Config],
+    *,
+    leashed: bool = False,
+) -> int:
+    """Run a service until it is told to stop or its ledger fails; the exit status says which.
+
+    ``mine`` makes what a file says into this process's configuration, now and whenever the file is read again.
+    """
+    config = mine(config)
+    log, orders, fatal = log_of(config), Orders(), list[BaseException]()
     if leashed:
-        await _stop_with_supervisor(stop)
+        await orders.follow_supervisor()
 
     def on_fatal(error: BaseException) -> None:
         # The ledger cannot be written: nothing may be promised any more. Holds are released at the next start.
         log("ledger.failed", level=Level.ERROR, error=type(error).__name__)
         fatal.append(error)
-        stop.set()
+        orders.stop.set()
 
     service = make(config, World(SystemClock(), os.urandom, log, on_fatal))
     try:
@@ -96,18 +114,30 @@ async def _run(config: Config, make: Callable[[Config, World], _Service], *, lea
     except CANNOT_START as error:
         print(f"mppnode: cannot start: {error}", file=sys.stderr)
         return _FAILED
-    await stop.wait()
+    await _until_told(orders, service, config, log, lambda: mine(load_config(path, environment())))
+    orders.when_hurried(service.hurry)
     await service.stop()
     if fatal:
         print(f"mppnode: stopped because the ledger failed: {fatal[0]}", file=sys.stderr)
     return _FAILED if fatal else 0
 
 
+async def _until_told(
+    orders: Orders, service: _Service, config: Config, log: Log, load: Callable[[], Config]
+) -> None:
+    """Reload as often as asked, until the order to stop."""
+    node = service if isinstance(service, Node) else None
+    owner = TaskOwner(lambda name, error: log("task.failed", level=Level.ERROR, task=name, error=type(error).__name__))
+    owner.spawn(Reloader(config, load=load, service=node, log=log, asked=orders.reload).keep(), name="reload")
+    await orders.stop.wait()
+    await owner.drain(deadline_s=0)
+
+
 async def _supervise(path: Path, config: Config) -> int:
     from mppnode.cli.workers import supervise
 
     try:
-        return await supervise(path, config, _stop_signal(), log_of(config))
+        return await supervise(path, config, Orders(), log_of(config))
     except CANNOT_START as error:
         print(f"mppnode: cannot start: {error}", file=sys.stderr)
         return _FAILED
@@ -117,38 +147,12 @@ async def run_devnet(*, port: int, tokens_per_second: float, listen: str | None 
     """Run a development network until interrupted, after printing what to type next; ports of 0 are picked."""
     from mppnode.cli.devnet import Devnet, DevnetOptions
 
-    stop = _stop_signal()
+    orders = Orders()  # a hang-up reloads nothing here: the network has no file
     options = DevnetOptions(
         listen=listen, node_port=port, chain_port=chain_port, tokens_per_second=tokens_per_second
     )
     log = make_log(clock=SystemClock(), level=Level.INFO, as_json=False)
     async with Devnet(options, log=log) as net:
         print(net.describe(await net.new_customer()), flush=True)
-        await stop.wait()
+        await orders.stop.wait()
     return 0
-
-
-async def _stop_with_supervisor(stop: asyncio.Event) -> None:
-    """A worker's standard input is its leash: its end is the end of the supervisor."""
-    await asyncio.get_running_loop().connect_read_pipe(lambda: _Leash(stop), sys.stdin)
-
-
-class _Leash(asyncio.Protocol):
-    def __init__(self, stop: asyncio.Event) -> None:
-        self._stop = stop
-
-    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - asyncio's signature
-        self._stop.set()
-
-
-def _stop_signal() -> asyncio.Event:
-    """Set by SIGTERM or SIGINT; a second one interrupts the drain."""
-    stop, loop = asyncio.Event(), asyncio.get_running_loop()
-
-    def on_signal(number: signal.Signals) -> None:
-        stop.set()
-        loop.remove_signal_handler(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
-    return stop

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from mppnode.cli.orders import RELOAD, Orders
 from mppnode.config.schema import Config
 from mppnode.kernel.tasks import TaskOwner
 from mppnode.ledger.sqlite import InstanceLock, InstanceLocked
@@ -52,8 +53,8 @@ def reserve_port(host: str, port: int) -> socket.socket:
     return held
 
 
-async def supervise(path: Path, config: Config, stop: asyncio.Event, log: Log) -> int:
-    """Run the workers until ``stop`` is set; returns the exit status.
+async def supervise(path: Path, config: Config, orders: Orders, log: Log) -> int:
+    """Run the workers until told to stop, pass orders on to them; returns the exit status.
 
     Raises:
         InstanceLocked, OSError: another node has the ledger, or the port.
@@ -64,11 +65,27 @@ async def supervise(path: Path, config: Config, stop: asyncio.Event, log: Log) -
         port = held.enter_context(reserve_port(config.node.host, config.node.port)).getsockname()[1]
         owner = TaskOwner(lambda name, error: log("worker.failed", level=Level.ERROR, task=name, error=repr(error)))
         count = config.node.workers
-        workers = [_Worker(path, index, f"{count}@{port}", stop=stop, log=log) for index in range(count)]
+        workers = [_Worker(path, index, f"{count}@{port}", stop=orders.stop, log=log) for index in range(count)]
         tasks = [owner.start(worker.keep(), name=f"worker {worker.index}") for worker in workers]
         log("workers.started", url=f"http://{config.node.host}:{port}", workers=count)
+        passing = owner.start(_pass_reloads_on(orders, workers), name="pass reloads on")
+        orders.when_hurried(lambda: _tell_again(workers))
         ends = await asyncio.gather(*tasks)
+        passing.cancel()
     return max(ends)
+
+
+async def _pass_reloads_on(orders: Orders, workers: list[_Worker]) -> None:
+    while True:
+        await orders.reload.wait()
+        orders.reload.clear()
+        for worker in workers:
+            worker.reload()
+
+
+def _tell_again(workers: list[_Worker]) -> None:
+    for worker in workers:
+        worker.terminate()
 
 
 class _Worker:
@@ -80,6 +97,7 @@ class _Worker:
         self._command = (*serve, "--worker", f"{index}/{place}")
         self._stop = stop
         self._log = log
+        self._process: asyncio.subprocess.Process | None = None
 
     async def keep(self) -> int:
         """Start the worker, and start it again whenever it dies, until told to stop; returns the last exit status."""
@@ -88,6 +106,7 @@ class _Worker:
             started = asyncio.get_running_loop().time()
             # Its standard input is the leash: when this supervisor is gone, however it went, the worker reads its end.
             process = await asyncio.create_subprocess_exec(*self._command, stdin=asyncio.subprocess.PIPE)
+            self._process = process
             status = await self._until_end(process)
             if self._stop.is_set() or status == _BAD_CONFIG:
                 self._stop.set()
@@ -99,12 +118,23 @@ class _Worker:
                 await asyncio.wait_for(self._stop.wait(), _RESTART_S[deaths])
                 return _FAILED
 
+    def reload(self) -> None:
+        """Have the worker read the configuration again, as soon as it is up."""
+        pipe = None if self._process is None else self._process.stdin
+        if pipe is not None and not pipe.is_closing():
+            pipe.write(RELOAD)
+
+    def terminate(self) -> None:
+        """Tell the worker to stop, and told before, to hurry."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(signal.SIGTERM)
+
     async def _until_end(self, process: asyncio.subprocess.Process) -> int:
         ended, told = asyncio.ensure_future(process.wait()), asyncio.ensure_future(self._stop.wait())
         try:
             await asyncio.wait({ended, told}, return_when=asyncio.FIRST_COMPLETED)
             if not ended.done():
-                process.send_signal(signal.SIGTERM)
+                self.terminate()
             return await ended
         finally:
             told.cancel()
