@@ -15,7 +15,6 @@ import aiohttp
 from mppnode.config.schema import Config
 from mppnode.doctor.findings import Case, Check, Finding, fail, ok, skip, warn
 from mppnode.doctor.machine import aside
-from mppnode.doctor.settings import metrics_of
 
 _FILES_PER_STREAM: Final = 2
 """The caller's connection and the provider's."""
@@ -65,8 +64,9 @@ def _listeners(config: Config) -> dict[str, tuple[str, int]]:
     found = {"node": (config.node.host, config.node.port)}
     if config.admin is not None:
         found["admin"] = (config.admin.host, config.admin.port)
-    metrics = metrics_of(config)
-    return found if metrics is None else found | {"metrics": metrics}
+    if config.metrics is not None:
+        found["metrics"] = (config.metrics.host, config.metrics.port)
+    return found
 
 
 async def _port(case: Case, table: str) -> Finding:

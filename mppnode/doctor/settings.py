@@ -8,7 +8,6 @@ from typing import Final
 
 from channels.ids import Address, to_hex
 from channels.signature import address_of
-from mppnode.config.schema import Config
 from mppnode.doctor.findings import Case, Check, Finding, fail, ledger_file, ok, skip, warn
 from mppnode.doctor.machine import aside, nearest
 
@@ -45,7 +44,7 @@ def is_loopback(host: str) -> bool:
 
 async def _config(case: Case, _: str) -> Finding:
     config = case.config
-    return ok(f"no problem in the file: {len(config.providers)} providers, {len(config.models)} models written down")
+    return ok(f"no problem in the file; providers: {len(config.providers)}, models written down: {len(config.models)}")
 
 
 async def _realm(case: Case, _: str) -> Finding:
@@ -114,18 +113,15 @@ async def _admin(case: Case, _: str) -> Finding:
 
 
 async def _metrics(case: Case, _: str) -> Finding:
-    metrics = metrics_of(case.config)
+    metrics = case.config.metrics
     if metrics is None:
         return warn("off: nobody will be told when something breaks", "add [metrics] and let Prometheus read it")
-    if not is_loopback(metrics[0]):
-        return ok(f"listens on {metrics[0]} without a token: keep that network private")
-    return ok(f"listens on {metrics[0]}")
-
-
-def metrics_of(config: Config) -> tuple[str, int] | None:
-    """Host and port of the operators' listener, when there is one."""
-    table = getattr(config, "metrics", None)
-    return None if table is None else (str(table.host), int(table.port))
+    if not is_loopback(metrics.host):
+        return warn(
+            f"listens on {metrics.host}, where it asks for no token",
+            'set metrics.host = "127.0.0.1", or let a firewall admit Prometheus only',
+        )
+    return ok(f"listens on {metrics.host}")
 
 
 def _typed(secret: bytes) -> bool:
@@ -185,7 +181,7 @@ CHECKS: Final = (
     Check("workers", "several workers share a PostgreSQL ledger, not a SQLite file", _workers),
     Check("spool", "`node.spool` is set, can be written, and is on another device than the ledger", _spool),
     Check("admin", "`[admin]` is there and on loopback", _admin),
-    Check("metrics", "`[metrics]` is there", _metrics),
+    Check("metrics", "`[metrics]` is there and on loopback", _metrics),
     Check("challenge-secrets", "one or two, each once, none a placeholder or typed", _secrets),
     Check("payee-key", "its address, and that the key is not published or typed", _payee_key),
     Check("jwks", "the issuer's keys can be read and are keys", _jwks),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import socket
 from dataclasses import replace
 
 import pytest
@@ -98,7 +100,7 @@ async def test_a_provider_that_is_away_or_slow():
     assert "4000 ms" in slow.text
 
 
-async def test_a_public_name_that_leads_home():
+async def test_a_public_name_that_leads_home(monkeypatch):
     """A hosted provider's name in our own network would take the key there; nothing is sent."""
     seen = []
 
@@ -106,10 +108,16 @@ async def test_a_public_name_that_leads_home():
         seen.append(request.path)
         return web.json_response({})
 
+    async def resolve(host, port, **_):
+        assert host == "infra.example.net"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))]
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "getaddrinfo", resolve)
     async with server(answer) as url:
-        home = provider(url.replace("127.0.0.1", "localhost.localdomain"), kind=ProviderKind.QUOTA)
+        home = provider(url.replace("127.0.0.1", "infra.example.net"), kind=ProviderKind.QUOTA)
         found = await look("provider", config(providers=(home,)), "infra")
     assert found.status is Status.FAIL
+    assert "private network" in found.text
     assert not seen
 
 

@@ -8,6 +8,7 @@ from aiohttp import web
 from channels.ids import to_hex
 from channels.signature import address_of
 from mppnode.config.accounts import AccountsConfig, AdminConfig, JwtConfig
+from mppnode.config.ops import MetricsConfig
 from mppnode.config.secrets import Secret
 from mppnode.doctor.findings import Status
 from mppnode.doctor.machine import Machine
@@ -90,11 +91,15 @@ async def test_admin():
     assert "admin.host" in public.remedy
 
 
-async def test_metrics_that_nobody_reads():
-    """Without the operators' listener there are no alerts."""
+async def test_metrics():
+    """Without the operators' listener there are no alerts; it asks for no token, so it is not for everybody."""
     found = await look("metrics", config())
     assert found.status is Status.WARN
     assert "[metrics]" in found.remedy
+    assert (await look("metrics", config(metrics=MetricsConfig()))).status is Status.OK
+    public = await look("metrics", config(metrics=MetricsConfig(host="0.0.0.0")))
+    assert public.status is Status.WARN
+    assert "metrics.host" in public.remedy
 
 
 async def test_challenge_secrets():
@@ -149,4 +154,4 @@ async def test_a_configuration_that_loads():
     """What loads has no problem, and says how much it has."""
     found = await look("config", config())
     assert found.status is Status.OK
-    assert "1 providers" in found.text
+    assert "providers: 1," in found.text
