@@ -12,7 +12,9 @@ from typing import Any
 
 import aiohttp
 from aiohttp import web
+from prometheus_client import CollectorRegistry
 
+from channels.chain import Chain
 from channels.faults import ChannelFault, Reason
 from channels.ids import ChannelId
 from channels.model import AcceptVoucher, Voucher
@@ -22,8 +24,10 @@ from mppnode.config.schema import Config
 from mppnode.config.secrets import Secret
 from mppnode.customers import Customers, build_customers, customer_surfaces, open_tokens
 from mppnode.engine.chat import ChatEngine
+from mppnode.engine.market import Market
 from mppnode.engine.prober import Prober
 from mppnode.engine.stream import StreamLimits
+from mppnode.gauging import Gauges, build_metrics, commits_into, page_of
 from mppnode.http.admin import admin_app
 from mppnode.http.billing_routes import BillingPort
 from mppnode.http.drain import FAREWELL_S, Drain
@@ -59,7 +63,9 @@ class Node:
     def __init__(self, config: Config, world: World, *, exposition: Exposition | None = None) -> None:
         """``exposition`` renders the metrics; without one there is no ``/metrics``."""
         self._config = config
-        self._exposition = exposition
+        self._registry = CollectorRegistry()
+        self.metrics = build_metrics(config, world.clock, self._registry)
+        self._exposition = exposition or page_of(self._registry)
         self._drain = Drain()
         self._running: Running | None = None
         self._world = world
@@ -77,6 +83,7 @@ class Node:
         self.paying: Paying | None = None
         self.sales: Sales | None = None
         self.vitals: Vitals | None = None
+        self.gauges: Gauges | None = None
         self.url = ""
         self.admin_url = ""
         self.ops_url = ""
@@ -102,7 +109,10 @@ class Node:
         await ledger.start()
         self._exit.push_async_callback(ledger.stop)
         self.ledger = ledger
-        books = Books(ledger, clock=world.clock, policy=account_policy(config), probe=world.probe)
+        ledger.on_commit = commits_into(self.metrics, config)
+        books = Books(
+            ledger, clock=world.clock, policy=account_policy(config), probe=world.probe, metrics=self.metrics
+        )
         self.books = books
         live = LiveChannels(world.clock, self._owner)
         life = Life(
@@ -122,14 +132,11 @@ class Node:
         books.subscribe(live.on_commit)
         self._open_spool(books)
         ledger.follow(live.channels)
-        money = build_treasury(
-            config, world, ledger=ledger, books=books, chain=chain, life=life, owner=self._owner, quiesce=live.quiesce
-        )
-        self.treasury = money
+        self.treasury = money = self._treasury(ledger, books, chain, life, live)
         rail = self._rail(books, money, live, life)
         self.rail = rail
         customers = await build_customers(
-            config, world, ledger=ledger, life=life, owner=self._owner, exits=self._exit
+            config, world, ledger=ledger, life=life, owner=self._owner, exits=self._exit, metrics=self.metrics
         )
         self.customers = customers
         self._exit.push_async_callback(customers.idempotence.catch_up)  # before our claims are a dead node's
@@ -138,22 +145,62 @@ class Node:
         engine = self._build_engine(rail, customers, paying)
         self._engine = engine
         self.vitals = vitals = self._vitals(ledger, life, money)
+        self._look_at(ledger, chain, engine.market, live, customers)
         await money.closer.resume()
         self._daemon(life.keep(), "beat")
         self._daemon(vitals.keep(asyncio.sleep), "vitals")
         self._daemon(sweeper.keep(asyncio.sleep, self._late), "sweep")
-        self._daemon(customers.sweeper.keep(asyncio.sleep, self._late), "sweep credit")
-        self._daemon(customers.idempotence.keep(asyncio.sleep, self._late), "purge answers")
-        self._daemon(money.treasurer.keep(), "treasury")
-        self._daemon(money.daily.keep(asyncio.sleep), "reconcile")
+        self._begin(money, customers)
         world.probe("listen.before")
         for name, loop in paying.daemons(asyncio.sleep):
             self._daemon(loop, name)
         await vitals.look()
         await self._listen(engine, rail, books, customers, paying.port)
         vitals.phase = Phase.OK
-        self._log("node.started", url=self.url, chain=config.chain.chain_id, recovered=recovered)
+        self._log(
+            "node.started",
+            url=self.url,
+            ops_url=self.ops_url or None,
+            chain=config.chain.chain_id,
+            recovered=recovered,
+        )
         world.probe("listen.after")
+
+    def _treasury(self, ledger: Ledger, books: Books, chain: Chain, life: Life, live: LiveChannels) -> Treasury:
+        return build_treasury(
+            self._config,
+            self._world,
+            ledger=ledger,
+            books=books,
+            chain=chain,
+            life=life,
+            owner=self._owner,
+            quiesce=live.quiesce,
+            metrics=self.metrics,
+        )
+
+    def _begin(self, money: Treasury, customers: Customers) -> None:
+        """Everything that runs without a request."""
+        self._daemon(customers.sweeper.keep(asyncio.sleep, self._late), "sweep credit")
+        self._daemon(customers.idempotence.keep(asyncio.sleep, self._late), "purge answers")
+        self._daemon(money.treasurer.keep(), "treasury")
+        self._daemon(money.daily.keep(asyncio.sleep), "reconcile")
+
+    def _look_at(
+        self, ledger: Ledger, chain: Chain, market: Market, live: LiveChannels, customers: Customers
+    ) -> None:
+        self.gauges = Gauges.of(
+            self._config,
+            self._world,
+            self.metrics,
+            ledger=ledger,
+            chain=chain,
+            market=market,
+            live=live,
+            customers=customers,
+        )
+        for name, loop in self.gauges.daemons(asyncio.sleep):
+            self._daemon(loop, name)
 
     def _open_spool(self, books: Books) -> None:
         path = self._config.node.spool
@@ -204,6 +251,7 @@ class Node:
             clock=world.clock,
             entropy=world.entropy,
             tab_policy=TabPolicy(session.window_units_max, session.preauthorise_max),
+            metrics=self.metrics,
         )
 
     def _build_engine(self, rail: SessionRail, customers: Customers, paying: Paying) -> ChatEngine:
@@ -230,6 +278,7 @@ class Node:
             attempts_max=config.routing.attempts_max,
             log=self._log,
             probe=self._world.probe,
+            metrics=self.metrics,
         )
         self._running = Running(
             sales,
@@ -268,7 +317,7 @@ class Node:
         self, engine: ChatEngine, rail: SessionRail, books: Books, customers: Customers, billing: BillingPort | None
     ) -> None:
         config = self._config
-        boundary = fault_boundary(self._log, self._world.entropy)
+        boundary = fault_boundary(self._log, self._world.entropy, self.metrics.request_refused)
         app = web.Application(middlewares=[boundary], client_max_size=config.limits.body_bytes_max)
         app.on_response_prepare.append(stamp)
         chat_limits = ChatLimits(body_bytes=config.limits.body_bytes_max)

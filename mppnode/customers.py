@@ -21,6 +21,7 @@ from mppnode.kernel.tasks import TaskOwner
 from mppnode.ledger.base import Ledger
 from mppnode.ledger.credits import Credits, CreditSweeper
 from mppnode.ledger.life import Life
+from mppnode.observe.metrics import Metrics
 from mppnode.parts import World
 from mppnode.rails.credit import CreditRail
 
@@ -39,7 +40,14 @@ class Customers:
 
 
 async def build_customers(
-    config: Config, world: World, *, ledger: Ledger, life: Life, owner: TaskOwner, exits: contextlib.AsyncExitStack
+    config: Config,
+    world: World,
+    *,
+    ledger: Ledger,
+    life: Life,
+    owner: TaskOwner,
+    exits: contextlib.AsyncExitStack,
+    metrics: Metrics,
 ) -> Customers:
     """Put together what is needed to serve bearers; nothing runs yet.
 
@@ -47,7 +55,7 @@ async def build_customers(
         ValueError: the issuer's keys may not come from the configured URL, or an extra is not installed.
     """
     accounts, clock = config.accounts, world.clock
-    books = Credits(ledger, clock=clock, probe=world.probe)
+    books = Credits(ledger, clock=clock, probe=world.probe, metrics=metrics)
     tokens = None if accounts.jwt is None else await open_tokens(accounts.jwt, world, owner, exits)
     directory = Directory(
         books,

@@ -102,7 +102,7 @@ class Watchtower:
         except BaseException:
             await self.stop()
             raise
-        self._world.log("watchtower.started", chain=self._config.chain.chain_id)
+        self._world.log("watchtower.started", ops_url=self.ops_url or None, chain=self._config.chain.chain_id)
 
     async def _listen_to_operators(self) -> None:
         where = self._config.metrics

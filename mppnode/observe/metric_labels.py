@@ -274,7 +274,26 @@ EXCLUDED: Final = _of("reason", Excluded)
 ATTEMPT_RESULT: Final = _of("result", AttemptResult)
 REFUSAL: Final = _of("reason", NodeReason, Reason, CreditReason)
 VOUCHER_REFUSAL: Final = _of("reason", Reason)
-HOLD_REFUSAL: Final = _of("reason", Reason, CreditReason)
+HOLD_REFUSAL: Final = Label(
+    "reason",
+    (
+        Reason.INSUFFICIENT_BALANCE.value,
+        Reason.CREDENTIAL_USED.value,
+        Reason.RATE_LIMITED.value,
+        Reason.EXPOSURE_LIMIT.value,
+        Reason.CHANNEL_FINALIZED.value,
+        Reason.CHANNEL_BUSY.value,
+        Reason.CHANNEL_NOT_FOUND.value,
+        Reason.STORE_UNAVAILABLE.value,
+        NodeReason.CREDIT_TOO_LOW.value,
+        NodeReason.CAP_REACHED.value,
+        NodeReason.LIMIT_REACHED.value,
+        NodeReason.ACCOUNT_SUSPENDED.value,
+        NodeReason.KEY_REVOKED.value,
+        NodeReason.CONFLICT.value,
+    ),
+)
+"""Only these can refuse a reservation: with all the reasons there are, half the budget of series would be zeros."""
 PAUSE_END: Final = _of("ended", PauseEnd)
 DISCONNECT_PHASE: Final = _of("phase", DisconnectPhase)
 CHANNEL_PHASE: Final = Label("phase", tuple(phase.value for phase in Phase if phase is not Phase.CLOSED))

@@ -159,11 +159,6 @@ class Treasurer:
         """Whether this process leads and has not seen the chain for too long."""
         return self._blind
 
-    @property
-    def blind(self) -> bool:
-        """Whether this process leads and has not seen the chain for too long."""
-        return self._blind
-
     def _look_for_blindness(self) -> None:
         seen_at = max(self._watcher.checked_at, self._relieved_at)
         blind = self._clock.monotonic() - seen_at > self._policy.alarm_s
@@ -220,7 +215,7 @@ class Treasurer:
             unsigned_pico=survey.unsigned * PICO_PER_UNIT,
         )
         now = self._clock.monotonic()
-        self._metrics.unsettled_age(max((now - at for at in self._since.values()), default=0.0))
+        self._metrics.unsettled_age(now - min(self._since.values(), default=now))
         # A payer who leaves and owes nothing worth a fee needs no answer.
         waiting = [account for account in leaving if account.unsettled > self._fee or account.holds]
         asked = min((account.chain.close_requested_at or 0 for account in waiting), default=self._clock.now())

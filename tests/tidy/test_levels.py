@@ -32,6 +32,7 @@ LEVELS = {
     "mppnode.registry": 8,
     "mppnode.selling": 8,
     "mppnode.customers": 8,
+    "mppnode.gauging": 8,
     "mppnode.paying": 8,
     "mppnode.reload": 8,
     "mppnode.cli": 8,

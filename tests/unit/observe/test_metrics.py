@@ -107,7 +107,7 @@ def test_what_can_be_known_beforehand_is_there_from_the_start():
     """A counter that begins with its first rise hides it from rate(): every fixed series exists at zero."""
     registry, _metrics = node()
     value = registry.get_sample_value
-    assert value("mppnode_holds_refused_total", {"rail": "credit", "reason": "credit_too_low"}) == 0
+    assert value("mppnode_holds_refused_total", {"rail": "credit", "reason": "insufficient_credit"}) == 0
     assert value("mppnode_ceiling_breaches_total") == 0
     assert value("mppnode_store_commit_seconds_count", {"store": "sqlite"}) == 0
     assert value("mppnode_fee_payer_balance_usd") is None  # a gauge nobody has set is unknown, not zero

@@ -18,7 +18,6 @@ from mppnode.observe.exposition import render
 from mppnode.observe.metric_catalog import SERIES_MAX
 from mppnode.observe.metric_labels import MODEL, MODELS_MAX, OTHER, PROVIDER, PROVIDERS_MAX, Vocabulary
 from mppnode.observe.metrics import Metrics
-from mppnode.pricing.guard import Verdict
 from mppnode.providers.base import FaultKind
 from mppnode.routing.decision import Exclusion
 
