@@ -26,7 +26,6 @@ _NODE_BYTES: Final = 200 << 20
 """Of one process with nothing to do, with room for a catalog."""
 _REQUEST_ID = re.compile(r"req_[0-9a-f]{24}", re.ASCII)
 _TAKEN: Final = frozenset({errno.EADDRINUSE})
-_STATUSES: Final = frozenset({200, 503})  # what /healthz answers with
 
 
 async def _files(case: Case, _: str) -> Finding:
@@ -100,8 +99,9 @@ async def _occupant(case: Case, table: str, host: str, port: int) -> Finding:
             status, stamp = response.status, response.headers.get("X-Request-Id", "")
     except (aiohttp.ClientError, TimeoutError, ValueError):
         status, stamp = 0, ""
-    # The admin listener has no /healthz; every answer of a node has a request id of its making.
-    if status not in _STATUSES and _REQUEST_ID.fullmatch(stamp) is None:
+    # Not the status: many a program answers 200 to this, and the admin listener refuses it. Every answer of a node has
+    # a request id of its making.
+    if _REQUEST_ID.fullmatch(stamp) is None:
         return fail(
             f"{host}:{port} is in use by something that is no node", f"stop it, or choose another {table}.port"
         )
@@ -138,6 +138,6 @@ CHECKS: Final = (
         _memory,
     ),
     Check("event-loop", "uvloop is installed", _loop),
-    Check("port", "each listener's port is free, or in use by a node that answers `/healthz`", _port, _tables),
+    Check("port", "each listener's port is free, or in use by a node whose `/healthz` is well", _port, _tables),
 )
 """In the order of the report."""

@@ -119,11 +119,12 @@ async def test_ports_of_a_running_node():
 
 
 async def test_ports_of_others():
-    """A stranger on our port is a failure, one that hangs up too, and a node that is not healthy a warning."""
-    for status, expected in ((404, Status.FAIL), (200, Status.OK), (503, Status.WARN)):
+    """A stranger on our port is a failure whatever it answers, and a node that is not healthy a warning."""
+    node = {"X-Request-Id": "req_0123456789abcdef01234567"}
+    for status, headers, expected in ((404, {}, Status.FAIL), (200, {}, Status.FAIL), (200, node, Status.OK), (503, node, Status.WARN)):
 
-        async def answer(_: web.Request, status: int = status) -> web.Response:
-            return web.Response(status=status)
+        async def answer(_: web.Request, status: int = status, headers: dict[str, str] = headers) -> web.Response:
+            return web.Response(status=status, headers=headers)
 
         async with server(answer) as url:
             found = await look("port", config(node={"port": urlsplit(url).port}), "node")

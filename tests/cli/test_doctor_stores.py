@@ -5,6 +5,7 @@ from __future__ import annotations
 import sqlite3
 from contextlib import asynccontextmanager
 
+import asyncpg
 import pytest
 
 from channels.instants import UnixMillis
@@ -272,8 +273,14 @@ async def test_a_direct_connection_and_a_pooler(dsn, monkeypatch):
 
         monkeypatch.setattr(database, "connected", handed_round)
         found = await look("database-direct", on(dsn))
-    assert found.status is Status.FAIL
-    assert "pooler in transaction mode" in found.text
+        assert found.status is Status.FAIL
+        assert "pooler in transaction mode" in found.text
+
+        class PreparedElsewhere(Says):
+            async def fetchval(self, *_):
+                raise asyncpg.InvalidSQLStatementNameError
+
+        assert await database.is_pooled(PreparedElsewhere(only, {}), only)
 
 
 class Late(SystemClock):
