@@ -154,6 +154,8 @@ def test_the_configuration_loads_and_agrees_with_the_services(tmp_path: Path) ->
     assert ("node-state", volume, "rw") in mounts(node)
     assert config.node.spool is not None
     assert config.node.spool.parent == Path(volume)
+    assert config.pricing.catalog is not None
+    assert config.pricing.catalog.parent == Path(volume)  # the configuration's own directory is mounted read-only
     url = urlsplit(DATABASE)
     assert (url.username, url.path[1:]) == (postgres["environment"]["POSTGRES_USER"], postgres["environment"]["POSTGRES_DB"])
     assert url.hostname in services()
