@@ -98,6 +98,7 @@ class _Worker:
         self._stop = stop
         self._log = log
         self._process: asyncio.subprocess.Process | None = None
+        self._behind = False
 
     async def keep(self) -> int:
         """Start the worker, and start it again whenever it dies, until told to stop; returns the last exit status."""
@@ -107,6 +108,9 @@ class _Worker:
             # Its standard input is the leash: when this supervisor is gone, however it went, the worker reads its end.
             process = await asyncio.create_subprocess_exec(*self._command, stdin=asyncio.subprocess.PIPE)
             self._process = process
+            if self._behind:
+                self._behind = False
+                self.reload()
             status = await self._until_end(process)
             if self._stop.is_set() or status == _BAD_CONFIG:
                 self._stop.set()
@@ -120,9 +124,10 @@ class _Worker:
 
     def reload(self) -> None:
         """Have the worker read the configuration again, as soon as it is up."""
-        pipe = None if self._process is None else self._process.stdin
-        if pipe is not None and not pipe.is_closing():
-            pipe.write(RELOAD)
+        if self._process is None or self._process.stdin is None or self._process.returncode is not None:
+            self._behind = True  # it is being started, and may have read the file already
+        else:
+            self._process.stdin.write(RELOAD)
 
     def terminate(self) -> None:
         """Tell the worker to stop, and told before, to hurry."""
