@@ -62,6 +62,7 @@ class Spec:
     """Units a payer is told to lock."""
     crash: str = ""
     """``POINT:N``: end by SIGKILL when the point is passed for the N-th time."""
+    drain_s: int = 2
     report: bool = False
     """Whether to tell the parent each point when it is first passed."""
 
@@ -77,7 +78,7 @@ class Spec:
                 window_units_max=WINDOW_UNITS,
                 chain_ttl_s=0,
             ),
-            limits=LimitsConfig(drain_s=2),
+            limits=LimitsConfig(drain_s=self.drain_s),
             providers=(ProviderConfig("dev", f"{self.provider_url}/v1"),),
             models=(
                 ModelConfig(
@@ -231,8 +232,13 @@ async def _serve(spec: Spec, link: socket.socket) -> None:
     node = Node(spec.config(), World(SystemClock(), os.urandom, quiet, _die, _prober(spec, tell)))
     await node.start()
     tell(node.url)
-    await reader.readline()
+    told = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, told.set)
+    asked = asyncio.ensure_future(reader.readline())
+    asked.add_done_callback(lambda _: told.set())
+    await told.wait()
     await node.stop()
+    asked.cancel()
     writer.close()
 
 
