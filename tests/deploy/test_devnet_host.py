@@ -40,8 +40,9 @@ async def test_the_command_listens_where_it_is_told_and_prints_what_works() -> N
                 said += line
             found = re.search(r"node +(http://127\.0\.0\.1:\d+)", said)
             assert found is not None, said
-            async with http.get(f"{found[1]}/v1/models") as response:
-                assert response.status == 200
+            for path in ("/v1/models", "/healthz"):  # the second is what the image's health check asks
+                async with http.get(found[1] + path) as response:
+                    assert response.status == 200
     finally:
         process.terminate()
         status = await process.wait()
