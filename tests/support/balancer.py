@@ -70,6 +70,7 @@ class Balancer:
         assert task is not None
         self._pipes.add(task)
         task.add_done_callback(self._pipes.discard)
+        ours: asyncio.StreamWriter | None = None
         try:
             node = await self._connect()
             if node is None:
@@ -78,7 +79,9 @@ class Balancer:
             theirs, ours = node
             await asyncio.gather(_pipe(reader, ours), _pipe(theirs, writer))
         finally:
-            writer.close()
+            for end in (writer, ours):
+                if end is not None:
+                    end.transport.abort()
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter] | None:
         names, first = sorted(self._ready), next(self._turn)
