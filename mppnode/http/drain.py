@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import Final
 
 from aiohttp import web
@@ -19,6 +20,9 @@ from mppnode.engine.chat import ChatEngine
 FAREWELL_S: Final = 1.0
 """For last frames to be written after bills are settled, and for a client that does not read to be given up."""
 
+BODIES_S: Final = 2.0
+"""For requests that are being sent while the drain begins; whoever is slower is told that the body did not arrive."""
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -28,7 +32,7 @@ class Drain:
     def __init__(self) -> None:
         self.begun = False
         """Whether the node was told to stop: from then on every answer closes its connection."""
-        self._active = 0
+        self._active: dict[int, web.Request] = {}  # by id(): a request is a mapping, and those have no hash
         self._quiet: asyncio.Future[None] | None = None
         self._hurrying = False
         self._hurried: asyncio.Future[None] | None = None
@@ -55,6 +59,7 @@ class Drain:
         for site in tuple(runner.sites):
             await site.stop()
         await asyncio.sleep(0)  # what has just arrived begins to be handled before idle connections are closed
+        await self._bodies()
         if runner.server is not None:
             runner.server.pre_shutdown()
         if self._active:
@@ -64,14 +69,28 @@ class Drain:
         await runner.cleanup()
         await _patiently(engine.end_everything())  # whose clients did not read: their connections are gone by now
 
+    async def _bodies(self) -> None:
+        """Wait for bodies that are on their way: once idle connections are closed, aiohttp drops what still arrives."""
+        assert self._hurried is not None
+        loop, whole = asyncio.get_running_loop(), list[asyncio.Future[None]]()
+        for request in self._active.values():
+            arrived: asyncio.Future[None] = loop.create_future()
+            request.content.on_eof(partial(_note, arrived))
+            whole.append(arrived)
+        due = loop.time() + BODIES_S
+        for arrived in whole:
+            if not self._hurried.done():
+                left = max(due - loop.time(), 0)
+                await asyncio.wait({arrived, self._hurried}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+
     def _middleware(self) -> Middleware:
         @web.middleware
         async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
-            self._active += 1
+            self._active[id(request)] = request
             try:
                 return await handler(request)
             finally:
-                self._active -= 1
+                self._active.pop(id(request), None)
                 if not self._active and self._quiet is not None and not self._quiet.done():
                     self._quiet.set_result(None)
 
@@ -81,6 +100,11 @@ class Drain:
         if self.begun:
             response.force_close()
             response.headers["Connection"] = "close"
+
+
+def _note(arrived: asyncio.Future[None]) -> None:
+    if not arrived.done():
+        arrived.set_result(None)
 
 
 async def _patiently(ending: Awaitable[None]) -> None:
