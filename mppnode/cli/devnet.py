@@ -27,6 +27,7 @@ from mppnode.cli.devchain_server import start_devchain
 from mppnode.cli.devprovider_server import DevProviderServer, start_devprovider
 from mppnode.config.accounts import NO_ACCOUNTS_SECTION, AccountsConfig, AdminConfig
 from mppnode.config.billing import BillingConfig
+from mppnode.config.ops import MetricsConfig
 from mppnode.config.schema import (
     ChainConfig,
     Config,
@@ -104,6 +105,7 @@ class DevnetOptions:
     accounts: AccountsConfig = NO_ACCOUNTS_SECTION
     billing: BillingConfig | None = None
     admin: AdminConfig | None = None
+    metrics: MetricsConfig | None = None
     directory: Path | None = None
     payee_key: bytes | None = None
 
@@ -199,6 +201,7 @@ class Devnet:
             accounts=options.accounts,
             billing=options.billing,
             admin=options.admin,
+            metrics=options.metrics,
         )
 
     def _on_fatal(self, error: BaseException) -> None:

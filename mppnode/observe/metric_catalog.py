@@ -60,11 +60,6 @@ class Spec:
     unit: str = ""
     scale: int = 1
 
-    @property
-    def fixed(self) -> bool:
-        """Whether its series are known beforehand: they exist from the start, so that their first rise is seen."""
-        return all(label.values for label in self.labels)
-
     def series(self, vocabulary: Vocabulary) -> int:
         """The most series it can have."""
         each = len(self.bounds) + _HISTOGRAM_EXTRA if self.kind is Kind.HISTOGRAM else 1

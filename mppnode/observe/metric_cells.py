@@ -108,6 +108,12 @@ class _Family:
         return found
 
 
+    def _expected(self) -> Iterable[Labels]:
+        """Every combination of labels that can be foreseen: with what the catalog names, and without ``other``."""
+        names = self._board.vocabulary.names
+        return product(*(label.values or names(label) for label in self._spec.labels))
+
+
 class Counter(_Family):
     """Only rises."""
 
@@ -116,8 +122,12 @@ class Counter(_Family):
     def __init__(self, spec: Spec, board: Board) -> None:
         super().__init__(spec, board)
         self.cells: dict[Labels, Number] = {}
-        if spec.fixed:
-            self.cells.update((labels, 0) for labels in product(*(label.values for label in spec.labels)))
+        self.foresee()
+
+    def foresee(self) -> None:
+        """Have every series that can be foreseen, at nothing: the first rise of one that was not there is not seen."""
+        for labels in self._expected():
+            self.cells.setdefault(labels, 0)
 
     def add(self, amount: Number, *labels: str) -> None:
         """Rise by ``amount``; a negative one is counted as a mistake and changes nothing."""
@@ -184,8 +194,12 @@ class Histogram(_Family):
         self._bounds = spec.bounds
         self.cells: dict[Labels, list[Number]] = {}
         """One number per bucket, and the sum."""
-        if spec.fixed:
-            for labels in product(*(label.values for label in spec.labels)):
+        self.foresee()
+
+    def foresee(self) -> None:
+        """See :meth:`Counter.foresee`."""
+        for labels in self._expected():
+            if labels not in self.cells:
                 self.cells[labels] = self._empty()
 
     def _empty(self) -> list[Number]:
@@ -242,6 +256,12 @@ class Board:
         family = Histogram(spec, self)
         self._families[spec.name] = family
         return family
+
+    def foresee(self) -> None:
+        """Have every series of names that have become known."""
+        for family in self._families.values():
+            if not isinstance(family, Gauge):
+                family.foresee()
 
     def folded(self) -> None:
         """Count a value that is counted as ``other``."""

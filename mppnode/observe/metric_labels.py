@@ -332,11 +332,16 @@ class Vocabulary:
         self._known: dict[str, dict[str, str]] = {MODEL.name: {OTHER: OTHER}, PROVIDER.name: {OTHER: OTHER}}
         self.know(models=models, providers=providers)
 
-    def know(self, *, models: Iterable[str] = (), providers: Iterable[str] = ()) -> None:
-        """Add names of a catalog that was read again; a name once known stays, as its counters may not vanish."""
+    def know(self, *, models: Iterable[str] = (), providers: Iterable[str] = ()) -> bool:
+        """Add names of a catalog that was read again; a name once known stays, as its counters may not vanish.
+
+        True when a name has become known.
+        """
+        before = sum(map(len, self._known.values()))
         for label, names in ((MODEL, models), (PROVIDER, providers)):
             for name in names:
                 self.admit(label, name)
+        return sum(map(len, self._known.values())) > before
 
     def admit(self, label: Label, name: str) -> str:
         """The value that stands for ``name``, which is made known while there is room."""
@@ -347,6 +352,10 @@ class Vocabulary:
         if fits and name not in known:
             known[str(name)] = str(name)
         return known.get(name, OTHER)
+
+    def names(self, label: Label) -> tuple[str, ...]:
+        """The names that have series of their own."""
+        return tuple(name for name in self._known[label.name] if name != OTHER)
 
     def fold(self, label: Label, value: str) -> str:
         """The value that stands for ``value``: itself, or ``other``."""

@@ -421,7 +421,8 @@ class Metrics(Collector):
 
     def know(self, *, models: Iterable[str] = (), providers: Iterable[str] = ()) -> None:
         """Give names of a catalog that was read again series of their own, while there is room."""
-        self._board.vocabulary.know(models=models, providers=providers)
+        if self._board.vocabulary.know(models=models, providers=providers):
+            self._board.foresee()
 
     def snapshot(self) -> Snapshot:
         """What this process alone has counted."""

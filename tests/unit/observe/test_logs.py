@@ -53,7 +53,7 @@ def test_a_secret_that_gets_here_says_nothing(as_json):
     log, stream = lines(as_json=as_json)
     log("x", key=Secret("sk-canary"), nested={"k": [Secret("sk-canary")]})
     assert "canary" not in stream.getvalue()
-    assert "Secret(***)" in stream.getvalue()
+    assert "<Secret>" in stream.getvalue()
 
 
 def test_a_field_of_any_type_is_written():

@@ -37,7 +37,7 @@ def test_a_request_is_counted_once_wherever_it_belongs():
     assert value("mppnode_model_charged_usd_total", {"model": MODEL}) == 1.0
     assert value("mppnode_provider_charged_usd_total", {"provider": PROVIDER}) == 1.0
     kinds = {kind: value("mppnode_tokens_total", {"model": MODEL, "kind": kind}) for kind in ("prompt", "cached", "completion", "reasoning")}
-    assert kinds == {"prompt": 100, "cached": 40, "completion": 7, "reasoning": None}
+    assert kinds == {"prompt": 100, "cached": 40, "completion": 7, "reasoning": 0}
     assert value("mppnode_counted_requests_total", {"source": "reported"}) == 1
     assert value("mppnode_stall_seconds_total") == 1.5
     for name in ("first_token", "token_gap"):
@@ -101,6 +101,22 @@ def test_a_value_that_is_none_is_counted_and_not_taken(bad):
     assert value("mppnode_settled_usd_total") == 0
     assert value("mppnode_loop_lag_seconds_count") == value("mppnode_loop_lag_seconds_sum") == 0
     assert value("mppnode_metric_values_rejected_total") == 3
+
+
+def test_a_name_that_becomes_known_has_its_series_before_anything_happens() -> None:
+    """A first failure of a model is seen by rate(): its series was there, at zero, since the catalog named it."""
+    registry, metrics = node()
+    for name, labels in (
+        ("model_requests_total", {"model": MODEL, "outcome": "failed"}),
+        ("provider_attempts_total", {"provider": PROVIDER, "result": "timeout"}),
+        ("first_token_seconds_count", {"provider": PROVIDER}),
+    ):
+        assert registry.get_sample_value(f"mppnode_{name}", labels) == 0
+    late = {"model": "maker/late", "outcome": "served"}
+    assert registry.get_sample_value("mppnode_model_requests_total", late) is None
+    metrics.know(models=["maker/late"], providers=["late"])
+    assert registry.get_sample_value("mppnode_model_requests_total", late) == 0
+    assert registry.get_sample_value("mppnode_upstream_cancels_total", {"provider": "late"}) == 0
 
 
 def test_what_can_be_known_beforehand_is_there_from_the_start():
