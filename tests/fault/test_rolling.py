@@ -48,7 +48,7 @@ not, so what is counted here and there is the same to the token. The long ones o
 """
 LONG_SHARE = 0.1
 CREDIT = Pico(10**15)
-PATIENCE_S = 120
+PATIENCE_S = 300
 BROKEN = (aiohttp.ClientError, OSError)
 
 
