@@ -75,7 +75,7 @@ async def test_the_pages_sum_is_the_ledgers(tmp_path: Path) -> None:
         assert place.shop.net.node.books is not None
         accounts = await place.shop.net.node.books.accounts()
         owed = sum(account.owed_pico for account in accounts)
-        credits = [await customer.credit() for customer in (place.customer, place.poor, place.late)]
-        for rail, pico in (("session", owed), ("credit", sum(credit.owed for credit in credits))):
+        accounts_of_keys = [await customer.credit() for customer in (place.customer, place.poor, place.late)]
+        for rail, pico in (("session", owed), ("credit", sum(credit.owed for credit in accounts_of_keys))):
             (series,) = await prometheus.query(f'mppnode_charged_usd_total{{rail="{rail}"}}')
             assert round(float(series["value"][1]) * 10**12) == pico > 0
