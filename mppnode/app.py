@@ -36,10 +36,12 @@ from mppnode.http.middleware import fault_boundary, stamp
 from mppnode.http.ops import Exposition, OpsSurface, Phase, Vitals, ops_app
 from mppnode.kernel.requests import ChatLimits
 from mppnode.kernel.tasks import TaskOwner
+from mppnode.kernel.version import VERSION
 from mppnode.ledger.base import Ledger
 from mppnode.ledger.books import Books
 from mppnode.ledger.life import Life, Lost, Sweeper
 from mppnode.ledger.spool import Spool
+from mppnode.observe.log_sampling import Refusals
 from mppnode.observe.logs import Level
 from mppnode.parts import Treasury, World, account_policy, build_treasury, escrows_of, open_chain, open_ledger
 from mppnode.paying import Paying, build_paying
@@ -70,6 +72,7 @@ class Node:
         self._running: Running | None = None
         self._world = world
         self._log = world.log
+        self._refusals = Refusals(world.log, world.clock)
         self._exit = contextlib.AsyncExitStack()
         self._owner = TaskOwner(self._task_failed)
         self._daemons = TaskOwner(self._task_failed)
@@ -110,8 +113,16 @@ class Node:
         self._exit.push_async_callback(ledger.stop)
         self.ledger = ledger
         ledger.on_commit = commits_into(self.metrics, config)
+        if config.metrics is not None and config.metrics.folder is not None:
+            self.metrics.share(config.metrics.folder)
+            self._exit.callback(self.metrics.close)
         books = Books(
-            ledger, clock=world.clock, policy=account_policy(config), probe=world.probe, metrics=self.metrics
+            ledger,
+            clock=world.clock,
+            policy=account_policy(config),
+            probe=world.probe,
+            metrics=self.metrics,
+            log=self._log,
         )
         self.books = books
         live = LiveChannels(world.clock, self._owner)
@@ -157,14 +168,19 @@ class Node:
         await vitals.look()
         await self._listen(engine, rail, books, customers, paying.port)
         vitals.phase = Phase.OK
+        self._tell_started(recovered)
+        world.probe("listen.after")
+
+    def _tell_started(self, recovered: int) -> None:
         self._log(
             "node.started",
             url=self.url,
             ops_url=self.ops_url or None,
-            chain=config.chain.chain_id,
+            chain=self._config.chain.chain_id,
             recovered=recovered,
+            node=self._config.node.name,
+            version=VERSION,
         )
-        world.probe("listen.after")
 
     def _treasury(self, ledger: Ledger, books: Books, chain: Chain, life: Life, live: LiveChannels) -> Treasury:
         return build_treasury(
@@ -317,7 +333,7 @@ class Node:
         self, engine: ChatEngine, rail: SessionRail, books: Books, customers: Customers, billing: BillingPort | None
     ) -> None:
         config = self._config
-        boundary = fault_boundary(self._log, self._world.entropy, self.metrics.request_refused)
+        boundary = fault_boundary(self._log, self._world.entropy, self.metrics.request_refused, told=self._refusals)
         app = web.Application(middlewares=[boundary], client_max_size=config.limits.body_bytes_max)
         app.on_response_prepare.append(stamp)
         chat_limits = ChatLimits(body_bytes=config.limits.body_bytes_max)
@@ -394,6 +410,7 @@ class Node:
         # The streams and their bills are over already; what is left are closes in flight.
         await self._owner.drain(deadline_s=min(_SETTLE_S, self._config.limits.drain_s))
         await self._exit.aclose()
+        self._refusals.tell()
         self._log("node.stopped")
 
     def hurry(self) -> None:

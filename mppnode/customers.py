@@ -55,7 +55,7 @@ async def build_customers(
         ValueError: the issuer's keys may not come from the configured URL, or an extra is not installed.
     """
     accounts, clock = config.accounts, world.clock
-    books = Credits(ledger, clock=clock, probe=world.probe, metrics=metrics)
+    books = Credits(ledger, clock=clock, probe=world.probe, metrics=metrics, log=world.log)
     tokens = None if accounts.jwt is None else await open_tokens(accounts.jwt, world, owner, exits)
     directory = Directory(
         books,

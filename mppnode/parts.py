@@ -143,6 +143,7 @@ def build_treasury(
         node=lambda: life.id,
         probe=world.probe,
         metrics=metrics,
+        log=world.log,
     )
     settler.on_no_effect = lambda intent: world.log(
         "treasury.no_effect", level=Level.ERROR, channel="0x" + intent.channel.hex(), kind=intent.kind.value

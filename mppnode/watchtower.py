@@ -17,6 +17,7 @@ from channels.ids import ChannelId
 from mppnode.config.schema import Config
 from mppnode.http.ops import Exposition, OpsListener, OpsSurface, Phase, Vitals, ops_app
 from mppnode.kernel.tasks import TaskOwner
+from mppnode.kernel.version import VERSION
 from mppnode.ledger.books import Books
 from mppnode.ledger.life import Life, Lost, Sweeper
 from mppnode.observe.logs import Level
@@ -72,7 +73,7 @@ class Watchtower:
         await ledger.start()
         self._exit.push_async_callback(ledger.stop)
         self.ledger = ledger
-        self.books = Books(ledger, clock=world.clock, policy=account_policy(config), probe=world.probe)
+        self.books = Books(ledger, clock=world.clock, policy=account_policy(config), probe=world.probe, log=world.log)
         self.life = Life(ledger, config.node.name, clock=world.clock, sleep=asyncio.sleep, on_lost=self._lost)
         await self.life.begin()
         self._exit.push_async_callback(self.life.end)
@@ -102,7 +103,14 @@ class Watchtower:
         except BaseException:
             await self.stop()
             raise
-        self._world.log("watchtower.started", ops_url=self.ops_url or None, chain=self._config.chain.chain_id)
+        config = self._config
+        self._world.log(
+            "watchtower.started",
+            ops_url=self.ops_url or None,
+            chain=config.chain.chain_id,
+            node=config.node.name,
+            version=VERSION,
+        )
 
     async def _listen_to_operators(self) -> None:
         where = self._config.metrics

@@ -289,6 +289,8 @@ class Accounts:
         row = await self._books.write(lambda: guarded(who, changing), of=account)
         if row is None:
             raise _no_account()
+        if form.suspended is not None:
+            self._books.suspended(account, "operator", lifted=not form.suspended)
         changed = read_account(row)
         fresh = changed.alerts is not None and changed.alerts.secret == secret
         return changed, secret if fresh else None
@@ -320,7 +322,7 @@ class Accounts:
                 raise _no_account() from None
             raise NodeFault(NodeReason.INVALID_FIELD, field="amount", detail="does not fit the account") from None
         if given[1]:
-            self._books.moved(FundsKind.GRANT, gift.amount)
+            self._books.moved(account, FundsKind.GRANT, gift.amount, gift.reference)
         return given
 
 

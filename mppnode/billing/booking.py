@@ -84,14 +84,16 @@ class Bookkeeper:
         Raises:
             CreditFault, OtherAccounts: nothing changed.
         """
-        at, made = self.books.clock.now_millis(), list[Booked]()
+        at, made, turned = self.books.clock.now_millis(), list[Booked](), list[bool]()
         self._probe("book.before")
         done = await self.books.write(
-            partial(self._talk, account, tuple(heard), at, made, event=event, news=news, also=also), of=account
+            partial(self._talk, account, tuple(heard), at, made, turned, event=event, news=news, also=also), of=account
         )
         self._probe("book.after")
         for booked in made:
-            self.books.moved(booked.payment.kind, booked.moved)
+            self.books.moved(account, booked.payment.kind, booked.moved, booked.payment.id, event=event)
+        for suspended in turned:
+            self.books.suspended(account, "billing", lifted=not suspended)
         return done
 
     async def change(
@@ -153,11 +155,13 @@ class Bookkeeper:
         heard: tuple[PaymentRecord, ...],
         at: UnixMillis,
         made: list[Booked],
+        turned: list[bool],
         *,
         event: str | None,
         news: Failed | Paid | None,
         also: Also | None,
     ) -> Talk[bool]:
+        turned.clear()
         made.clear()  # the transaction may be begun more than once
         credit = yield from credit_talk.load_credit(account, lock=True)
         row = yield from credit_lists.find_account(By.ID, account)
@@ -174,7 +178,10 @@ class Bookkeeper:
             made.append(booked)
             others += booked.payment.worth
             credit = booked.account
+        was = owner.suspended_at
         owner = yield from _suspend_or_not(credit, owner, news, at)
+        if (was is None) != (owner.suspended_at is None):
+            turned.append(was is None)
         if also is not None:
             yield from also(credit, owner)
         return True

@@ -20,7 +20,7 @@ from mppnode.kernel.clock import SystemClock
 from mppnode.kernel.tasks import TaskOwner
 from mppnode.ledger.base import LedgerError
 from mppnode.ledger.sqlite import InstanceLocked
-from mppnode.observe.logs import Level, Log, make_log
+from mppnode.observe.logs import Level, Log, NodeLog, is_terminal, make_log, wants_colour
 from mppnode.parts import World, WrongChain
 from mppnode.reload import Reloader
 from mppnode.watchtower import Watchtower
@@ -73,10 +73,20 @@ def run(main: Coroutine[Any, Any, int]) -> int:
         return runner.run(main)
 
 
-def log_of(config: Config) -> Log:
-    """The log a configuration asks for."""
-    as_json = config.log.format is LogFormat.JSON
-    return make_log(clock=SystemClock(), level=Level[config.log.level.upper()], as_json=as_json)
+def log_of(config: Config, *, worker: bool = False) -> NodeLog:
+    """The log a configuration asks for; a worker's lines have its number, which ends its name."""
+    chosen, environ = config.log, environment()
+    as_text = chosen.format is LogFormat.TEXT or (
+        chosen.format is LogFormat.AUTO and is_terminal(sys.stderr, environ)
+    )
+    return make_log(
+        clock=SystemClock(),
+        level=Level[chosen.level.upper()],
+        as_json=not as_text,
+        colour=wants_colour(sys.stderr, environ),
+        levels={room: Level[level.upper()] for room, level in chosen.levels},
+        always={"worker": int(config.node.name.rpartition("-")[2])} if worker else None,
+    )
 
 
 class _Service(Protocol):
@@ -98,7 +108,7 @@ async def _run(
     ``mine`` makes what a file says into this process's configuration, now and whenever the file is read again.
     """
     config = mine(config)
-    log, orders, fatal = log_of(config), Orders(), list[BaseException]()
+    log, orders, fatal = log_of(config, worker=leashed), Orders(), list[BaseException]()
     if leashed:
         await orders.follow_supervisor()
 
@@ -112,11 +122,13 @@ async def _run(
     try:
         await service.start()
     except CANNOT_START as error:
+        log.close()
         print(f"mppnode: cannot start: {error}", file=sys.stderr)
         return _FAILED
     await _until_told(orders, service, config, log, lambda: mine(load_config(path, environment())))
     orders.when_hurried(service.hurry)
     await service.stop()
+    log.close()
     if fatal:
         print(f"mppnode: stopped because the ledger failed: {fatal[0]}", file=sys.stderr)
     return _FAILED if fatal else 0
@@ -136,11 +148,14 @@ async def _until_told(
 async def _supervise(path: Path, config: Config) -> int:
     from mppnode.cli.workers import supervise
 
+    log = log_of(config)
     try:
-        return await supervise(path, config, Orders(), log_of(config))
+        return await supervise(path, config, Orders(), log)
     except CANNOT_START as error:
         print(f"mppnode: cannot start: {error}", file=sys.stderr)
         return _FAILED
+    finally:
+        log.close()
 
 
 async def run_devnet(*, port: int, tokens_per_second: float, listen: str | None = None, chain_port: int = 0) -> int:
@@ -155,4 +170,5 @@ async def run_devnet(*, port: int, tokens_per_second: float, listen: str | None 
     async with Devnet(options, log=log) as net:
         print(net.describe(await net.new_customer()), flush=True)
         await orders.stop.wait()
+    log.close()
     return 0

@@ -7,7 +7,7 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from channels.descriptor import SessionProtocol
 from channels.ids import parse_address
@@ -16,13 +16,12 @@ from channels.wire.challenge import SECRET_BYTES_MIN
 from mppnode.config.accounts import read_accounts, read_admin
 from mppnode.config.billing import read_billing
 from mppnode.config.catalog import read_model, read_pricing, read_provider, read_routing
+from mppnode.config.log import read_log
 from mppnode.config.ops import read_metrics
 from mppnode.config.schema import (
     ChainConfig,
     Config,
     LimitsConfig,
-    LogConfig,
-    LogFormat,
     ModelConfig,
     NodeConfig,
     ProviderConfig,
@@ -35,7 +34,6 @@ from mppnode.config.section import Section, flag_of
 _REALM = re.compile(r"[A-Za-z0-9.-]{1,253}(?::[0-9]{1,5})?", re.ASCII)
 _URL = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+(?:/[^\s?#]*)?", re.ASCII)
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", re.ASCII)
-_LEVELS: Final = ("debug", "info", "warning", "error")
 
 
 class ConfigError(Exception):
@@ -67,7 +65,7 @@ def parse_config(tree: dict[str, Any], environ: Mapping[str, str], *, base: Path
     root = Section(tree, "", problems, environ, base)
     node, chain = _node(root.section("node")), _chain(root.section("chain"))
     session, limits = _session(root.section("session", optional=True)), _limits(root.section("limits", optional=True))
-    log = _log(root.section("log", optional=True))
+    log = read_log(root.section("log", optional=True))
     treasury = _treasury(root.section("treasury", optional=True))
     pricing = read_pricing(root.section("pricing", optional=True))
     routing = read_routing(root.section("routing", optional=True))
@@ -252,26 +250,6 @@ def _limits(section: Section) -> LimitsConfig:
         stall_s=section.whole("stall_s", 1, 600, base.stall_s),
         drain_s=section.whole("drain_s", 0, 600, base.drain_s),
         drain_delay_s=section.whole("drain_delay_s", 0, 300, base.drain_delay_s),
-    )
-    section.done()
-    return config
-
-
-def _log(section: Section) -> LogConfig:
-    def level(value: Any) -> str:
-        if value not in _LEVELS:
-            raise ValueError("must be one of " + ", ".join(_LEVELS))
-        return str(value)
-
-    def form(value: Any) -> LogFormat:
-        try:
-            return LogFormat(value)
-        except ValueError:
-            raise ValueError('must be "json" or "text"') from None
-
-    config = LogConfig(
-        level=section.get("level", level, "info", fallback="info"),
-        format=section.get("format", form, LogFormat.JSON, fallback=LogFormat.JSON),
     )
     section.done()
     return config

@@ -21,6 +21,8 @@ from mppnode.kernel.strategy import PriceCeiling, Strategy
 class LogFormat(StrEnum):
     """How log lines are written."""
 
+    AUTO = "auto"
+    """Text in a terminal, JSON otherwise."""
     JSON = "json"
     TEXT = "text"
 
@@ -203,7 +205,9 @@ class LogConfig:
     """``[log]``."""
 
     level: str = "info"
-    format: LogFormat = LogFormat.JSON
+    format: LogFormat = LogFormat.AUTO
+    levels: tuple[tuple[str, str], ...] = ()
+    """Levels of events by the first word of their names, where they differ."""
 
 
 @dataclass(frozen=True, slots=True)

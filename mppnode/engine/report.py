@@ -10,7 +10,7 @@ from channels.units import Pico
 from mppnode.engine.stream import Ending
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.faults import NodeFault
-from mppnode.observe.logs import Log
+from mppnode.observe.logs import Level, Log
 from mppnode.observe.metric_labels import Asked, DisconnectPhase
 from mppnode.observe.metric_labels import Ending as Label
 from mppnode.observe.metrics import Metrics
@@ -42,6 +42,8 @@ class Reporter:
 
     def refused(self, rail: str, fault: ChannelFault | NodeFault) -> None:
         """A reservation was refused."""
+        limit = fault.limit if isinstance(fault, NodeFault) else None
+        self._log("hold.refused", level=Level.DEBUG, rail=rail, reason=fault.reason.value, limit=limit)
         self._metrics.hold_refused(rail, fault.reason.value)
         if isinstance(fault, NodeFault) and fault.limit is not None:
             self._metrics.limit_reached(fault.limit)
@@ -100,7 +102,8 @@ class Reporter:
             cached_tokens=0 if usage is None else usage.cached_prompt,
             completion_tokens=0 if usage is None else usage.completion,
             reasoning_tokens=0 if usage is None else usage.reasoning,
-            source=None if tally is None or usage is None else tally.source.value,
+            # Who is cut off is billed by our own count, of necessity: that says nothing about its provider.
+            source=tally.source.value if tally is not None and usage is not None and ending is Ending.COMPLETE else None,
             attempts=run.attempts,
             total_s=now - run.begun,
             first_s=None if run.first_at is None else run.first_at - run.begun,

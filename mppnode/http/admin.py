@@ -24,7 +24,7 @@ from mppnode.http.account_json import account_json, credits_json, key_json, task
 from mppnode.http.account_routes import keys_page, made_json, page, transactions_page, with_secret
 from mppnode.http.answers import body_of
 from mppnode.http.billing_routes import BillingPort
-from mppnode.http.middleware import fault_boundary, stamp
+from mppnode.http.middleware import fault_boundary, route_of, stamp
 from mppnode.http.reception import Query, answer, answered, bearer_of, cursor, identifier, refusal
 from mppnode.http.usage_routes import usage_answer
 from mppnode.kernel.clock import Clock
@@ -57,10 +57,36 @@ def admin_app(
     if not token().reveal():
         raise ValueError("the admin API needs a token")
     surface = AdminSurface(keyring, accounts, books, clock, billing, private_alerts=private_alerts)
-    app = web.Application(middlewares=[fault_boundary(log, entropy), _gate(token)], client_max_size=_BODY_MAX)
+    layers = [fault_boundary(log, entropy), _audited(log), _gate(token)]
+    app = web.Application(middlewares=layers, client_max_size=_BODY_MAX)
     app.add_routes(surface.routes())
     app.on_response_prepare.append(stamp)
     return app
+
+
+def _audited(log: Log) -> Middleware:
+    """One line for everything somebody asked to be changed, done or refused; its token may have been a wrong one."""
+
+    @web.middleware
+    async def audit(request: web.Request, handler: Handler) -> web.StreamResponse:
+        status: int | None = None  # of what raises, or is broken off: it may have been done or not
+        try:
+            response = await handler(request)
+            status = response.status
+        finally:
+            if request.method not in ("GET", "HEAD"):
+                log(
+                    "operator.action",
+                    method=request.method,
+                    route=route_of(request),
+                    account=request.match_info.get("account"),
+                    target=request.match_info.get("id"),
+                    status=status,
+                    remote=request.remote,
+                )
+        return response
+
+    return audit
 
 
 def _gate(token: Callable[[], Secret[str]]) -> Middleware:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Final
+from typing import Final, Protocol
 
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Middleware
 
-from channels.faults import ChannelFault
+from channels.faults import ChannelFault, Reason
 from mppnode.http.problem import STATUS, error_body, problem_body, retry_headers
 from mppnode.kernel.faults import NodeFault, NodeReason
-from mppnode.observe.logs import Level, Log
+from mppnode.observe.logs import CAUSE, Level, Log
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _BY_STATUS = {
@@ -22,6 +22,7 @@ _BY_STATUS = {
 }
 _BAD_REQUEST = 400
 _INTERNAL = 500
+_RAILS: Final = {"payment": "session", "bearer": "credit"}
 
 
 REQUEST_ID: Final = web.RequestKey("request_id", str)
@@ -35,21 +36,39 @@ async def stamp(request: web.Request, response: web.StreamResponse) -> None:
     response.headers["X-Request-Id"] = request.get(REQUEST_ID, "")
 
 
+class Told(Protocol):
+    """Hears of every refusal, with what a line says of it."""
+
+    def __call__(self, reason: str, route: str, *, level: Level, **fields: object) -> None:
+        """Tell of it."""
+        ...
+
+
 def fault_boundary(
-    log: Log, entropy: Callable[[int], bytes], refused: Callable[[str], None] = lambda _: None
+    log: Log,
+    entropy: Callable[[int], bytes],
+    refused: Callable[[str], None] = lambda _: None,
+    *,
+    told: Told | None = None,
 ) -> Middleware:
     """Build the middleware; ``entropy`` makes the ids of requests, which are never the caller's.
 
-    ``refused`` hears the reason of every refusal, whoever has rendered it.
+    ``refused`` hears the reason of every refusal, whoever has rendered it, and ``told`` writes of it.
     """
 
     @web.middleware
     async def boundary(request: web.Request, handler: Handler) -> web.StreamResponse:
-        request[REQUEST_ID] = f"req_{entropy(_ID_BYTES).hex()}"
-        response = await answered(request, handler)
-        if REFUSED in request:
-            refused(request[REFUSED])
-        return response
+        request[REQUEST_ID] = name = f"req_{entropy(_ID_BYTES).hex()}"
+        cause = CAUSE.set(name)
+        try:
+            response = await answered(request, handler)
+            if REFUSED in request:
+                refused(request[REFUSED])
+                if told is not None:
+                    _tell(told, request, response.status)
+            return response
+        finally:
+            CAUSE.reset(cause)
 
     async def answered(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
@@ -71,6 +90,26 @@ def fault_boundary(
             return _render(request, NodeFault(NodeReason.INTERNAL, detail="the node made a mistake"))
 
     return boundary
+
+
+def _tell(told: Told, request: web.Request, status: int) -> None:
+    reason, scheme = request[REFUSED], request.headers.get("Authorization", "")[:8].lower()
+    # The first answer to everybody who pays through a channel is the price: that is no trouble to read about.
+    asked = reason == Reason.PAYMENT_REQUIRED.value and not scheme
+    told(
+        reason,
+        route_of(request),
+        level=Level.DEBUG if asked else Level.INFO,
+        status=status,
+        method=request.method,
+        rail=_RAILS.get(scheme.partition(" ")[0]),
+    )
+
+
+def route_of(request: web.Request) -> str:
+    """The route a request was for, as it is written in the program: never what a stranger put into a path."""
+    resource = request.match_info.route.resource
+    return "none" if resource is None else resource.canonical
 
 
 def _known(request: web.Request, error: web.HTTPException) -> web.Response:

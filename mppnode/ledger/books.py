@@ -17,6 +17,7 @@ from channels.model import (
     ObserveChain,
     Open,
     Outcome,
+    Phase,
     Plan,
 )
 from channels.policy import Policy
@@ -24,6 +25,8 @@ from channels.store import ChannelStore
 from channels.units import PICO_PER_UNIT, Pico
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.probe import Probe, unwatched
+from mppnode.ledger.telling import TOLD, tell
+from mppnode.observe.logs import Log, quiet
 from mppnode.observe.metrics import Metrics
 
 
@@ -38,7 +41,9 @@ class Books:
         policy: Policy,
         probe: Probe = unwatched,
         metrics: Metrics | None = None,
+        log: Log = quiet,
     ) -> None:
+        self._log = log
         self._metrics = metrics if metrics is not None else Metrics.unseen(clock)
         self._store = store
         self._clock = clock
@@ -53,10 +58,11 @@ class Books:
         """
         now, policy, name = self._clock.now(), self._policy, type(command).__name__
         begun, accepted = self._clock.monotonic(), 0
+        before: Phase | None = None
 
         def step(account: Account | None) -> Plan[Outcome]:
-            nonlocal accepted
-            accepted = 0 if account is None else account.accepted
+            nonlocal accepted, before
+            accepted, before = (0, None) if account is None else (account.accepted, account.phase)
             return plan(account, command, now=now, policy=policy)
 
         self._probe(f"{name}.before")
@@ -67,6 +73,8 @@ class Books:
             self._metrics.voucher_accepted(delta, self._clock.monotonic() - begun)
             if isinstance(command, Open):
                 self._metrics.channel_opened()
+        if made.events and type(command) in TOLD:
+            tell(self._log, command, made.account, before=before, accepted=accepted)
         return made
 
     def require_deposit(self, deposit: int) -> None:

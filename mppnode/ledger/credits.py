@@ -39,6 +39,7 @@ from mppnode.ledger.credit_rows import AccountRow, KeyRow, RequestRow, Task
 from mppnode.ledger.credit_talk import Booked, Reaction, Step
 from mppnode.ledger.life import Life, keep_sweeping
 from mppnode.ledger.talk import Talk, Till
+from mppnode.observe.logs import Log, quiet
 from mppnode.observe.metrics import Metrics
 
 R = TypeVar("R")
@@ -55,8 +56,15 @@ class Credits:
     """
 
     def __init__(
-        self, till: Till, *, clock: Clock, probe: Probe = unwatched, metrics: Metrics | None = None
+        self,
+        till: Till,
+        *,
+        clock: Clock,
+        probe: Probe = unwatched,
+        metrics: Metrics | None = None,
+        log: Log = quiet,
     ) -> None:
+        self._log = log
         self.metrics = metrics if metrics is not None else Metrics.unseen(clock)
         self._till = till
         self.clock = clock
@@ -79,15 +87,29 @@ class Credits:
         self._probe("credit.after")
         for event in made.events:
             if isinstance(event, FundsMoved):
-                self.moved(event.kind, event.amount)
+                self.moved(account, event.kind, event.amount, event.reference)
         return made
 
-    def moved(self, kind: FundsKind, pico: int) -> None:
-        """Count money that came to an account, or was taken back; once its booking is durable."""
+    def moved(
+        self, account: AccountId, kind: FundsKind, pico: int, reference: str, *, event: str | None = None
+    ) -> None:
+        """Tell of money that came to an account, or was taken back; once its booking is durable.
+
+        ``reference`` is the payment's or the gift's, ``event`` what announced it.
+        """
+        if not pico:
+            return  # heard again, or of nothing
+        self._log(
+            "credit.moved", account=account, kind=kind.value, amount_pico=pico, reference=reference, event_id=event
+        )
         if pico >= 0:
             self.metrics.credited(kind.value, pico)
         else:
             self.metrics.taken_back(kind.value, -pico)
+
+    def suspended(self, account: AccountId, why: str, *, lifted: bool) -> None:
+        """Tell that an account was suspended, or that this was ``lifted``; once it is durable."""
+        self._log("account.resumed" if lifted else "account.suspended", account=account, why=why)
 
     async def load(self, account: AccountId) -> CreditAccount | None:
         """The last committed state."""
@@ -108,7 +130,7 @@ class Credits:
         )
         self._probe("book.after")
         if booked is not None:
-            self.moved(booked.payment.kind, booked.moved)
+            self.moved(account, booked.payment.kind, booked.moved, booked.payment.id, event=event)
         return booked
 
     # ---------------------------------------------------------------------------------------------- accounts and keys

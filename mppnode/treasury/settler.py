@@ -31,6 +31,7 @@ from mppnode.config.secrets import Secret
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.probe import Probe, unwatched
 from mppnode.ledger.base import IntentExists, Ledger
+from mppnode.observe.logs import Level, Log, quiet
 from mppnode.observe.metrics import Metrics
 from mppnode.treasury.search import find_end
 
@@ -75,7 +76,9 @@ class Settler:
         probe: Probe = unwatched,
         limits: SettlerLimits | None = None,
         metrics: Metrics | None = None,
+        log: Log = quiet,
     ) -> None:
+        self._log = log
         self._metrics = metrics if metrics is not None else Metrics.unseen(clock)
         self._chain = chain
         self._ledger = ledger
@@ -268,6 +271,7 @@ class Settler:
         if outcome is Fate.EXPIRED:
             moved = await self._move(intent, steps.ended(_unmined(intent, now), IntentState.DEAD, now=now), via=intent)
             self._metrics.transaction_failed(intent.kind.value, "dead")
+            self._tell(moved, 0)
             return moved
         if not isinstance(outcome, Receipt):
             if intent.state is IntentState.MINED:  # a reorganisation took its block away
@@ -280,6 +284,7 @@ class Settler:
             reverted = steps.ended(_unmined(intent, now), IntentState.REVERTED, now=now)
             moved = await self._move(intent, reverted, via=intent)
             self._metrics.transaction_failed(intent.kind.value, "reverted", self._gas(outcome))
+            self._tell(moved, self._gas(outcome))
             return moved
         if intent.state is IntentState.SENT:
             intent = await self._move(intent, steps.mined(intent, outcome.block, now=now))
@@ -294,7 +299,21 @@ class Settler:
         moved = await self._move(intent, steps.ended(intent, IntentState.FINAL, now=now))
         paid = max(intent.amount - account.chain.settled, 0) * PICO_PER_UNIT
         self._metrics.settled_on_chain(intent.kind.value, paid, self._gas(outcome))
+        self._tell(moved, self._gas(outcome))
         return moved
+
+    def _tell(self, intent: Intent, fee_pico: int) -> None:
+        self._log(
+            "intent.ended",
+            level=Level.INFO if intent.state is IntentState.FINAL else Level.WARNING,
+            intent=intent.id,
+            kind=intent.kind.value,
+            state=intent.state.value,
+            channel="0x" + intent.channel.hex(),
+            amount=intent.amount,
+            fee_pico=fee_pico,
+            tx=None if intent.tx_hash is None else "0x" + intent.tx_hash.hex(),
+        )
 
     def _gas(self, receipt: Receipt) -> int:
         """What a transaction has cost us, in pico-dollars: fees are paid in dollar tokens of the same decimals."""

@@ -287,8 +287,7 @@ class Treasurer:
 
     def _closing(self, account: Account, why: str, deadline: UnixSeconds | None) -> Callable[[], Awaitable[object]]:
         async def work() -> None:
-            closed, _ = await self._closer.close(account, why, deadline=deadline)
-            self._log("channel.closed", channel="0x" + account.id.hex(), why=why, captured=_captured(closed))
+            await self._closer.close(account, why, deadline=deadline)
 
         return work
 
@@ -328,7 +327,3 @@ class Treasurer:
         self._since.pop(channel, None)
         self._log("channel.settled", channel="0x" + channel.hex(), settled=account.chain.settled)
         return account
-
-
-def _captured(account: Account) -> int:
-    return 0 if account.close is None or account.close.capture is None else account.close.capture
