@@ -37,6 +37,7 @@ from mppnode.rails.live import LiveChannels
 
 LOOP_S: Final = 0.5
 """Between two looks at the clock: a stall of a second is seen at least once."""
+FLUSH_S: Final = 1.0
 HERE_S: Final = 5.0
 """Between two looks at what is in this process's memory."""
 LEDGER_S: Final = 30.0
@@ -126,9 +127,17 @@ class Gauges:
             books=customers.books,
         )
 
+    async def keep_shared(self, sleep: Sleep) -> None:
+        """Leave what was counted for the other workers, so that one that is killed loses little."""
+        while True:
+            await sleep(FLUSH_S)
+            await asyncio.to_thread(self.metrics.flush)
+
     def daemons(self, sleep: Sleep) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
         """The loops to spawn, by name."""
         yield "loop lag", self.watch_loop(sleep)
+        if self.metrics.shared:
+            yield "shared metrics", self.keep_shared(sleep)
         yield "gauges here", self._keep(self.look_here, HERE_S, sleep)
         yield "gauges ledger", self._keep(self.look_at_ledger, LEDGER_S, sleep)
         yield "gauges chain", self._keep(self.look_at_chain, CHAIN_S, sleep)

@@ -15,6 +15,7 @@ import socket
 import sys
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Final
 
 from mppnode.cli.orders import RELOAD, Orders
@@ -29,10 +30,11 @@ _RESTART_S: Final = (0.2, 1.0, 5.0)  # ever slower: a worker that dies at once w
 _STEADY_S: Final = 30.0  # a worker that lived so long is restarted quickly again
 
 
-def worker_config(config: Config, index: int, workers: int, port: int) -> Config:
-    """The configuration of one worker: its own name in the ledger, the common port."""
+def worker_config(config: Config, index: int, workers: int, port: int, folder: Path | None = None) -> Config:
+    """The configuration of one worker: its own name in the ledger, the common port, the common folder of counts."""
     node = replace(config.node, name=f"{config.node.name}-{index}", workers=workers, port=port)
-    return replace(config, node=node)
+    metrics = None if config.metrics is None else replace(config.metrics, folder=folder or config.metrics.folder)
+    return replace(config, node=node, metrics=metrics)
 
 
 def reserve_port(host: str, port: int) -> socket.socket:
@@ -64,8 +66,11 @@ async def supervise(path: Path, config: Config, orders: Orders, log: Log) -> int
             held.enter_context(InstanceLock(config.node.ledger))
         port = held.enter_context(reserve_port(config.node.host, config.node.port)).getsockname()[1]
         owner = TaskOwner(lambda name, error: log("worker.failed", level=Level.ERROR, task=name, error=repr(error)))
-        count = config.node.workers
-        workers = [_Worker(path, index, f"{count}@{port}", stop=orders.stop, log=log) for index in range(count)]
+        count, place = config.node.workers, f"{config.node.workers}@{port}"
+        if config.metrics is not None and config.metrics.folder is None:
+            # A folder of the supervisor's life: a worker that is started again goes on from what its slot counted.
+            place = f"{place}:{held.enter_context(TemporaryDirectory(prefix='mppnode-metrics-'))}"
+        workers = [_Worker(path, index, place, stop=orders.stop, log=log) for index in range(count)]
         tasks = [owner.start(worker.keep(), name=f"worker {worker.index}") for worker in workers]
         log("workers.started", url=f"http://{config.node.host}:{port}", workers=count)
         passing = owner.start(_pass_reloads_on(orders, workers), name="pass reloads on")
@@ -145,11 +150,12 @@ class _Worker:
             told.cancel()
 
 
-def read_worker(text: str) -> tuple[int, int, int]:
-    """``INDEX/WORKERS@PORT`` as the supervisor writes it. Raises ``ValueError``."""
+def read_worker(text: str) -> tuple[int, int, int, Path | None]:
+    """``INDEX/WORKERS@PORT`` or ``INDEX/WORKERS@PORT:FOLDER``, as the supervisor writes it. Raises ``ValueError``."""
     index, _, rest = text.partition("/")
-    workers, _, port = rest.partition("@")
-    return int(index), int(workers), int(port)
+    workers, _, place = rest.partition("@")
+    port, _, folder = place.partition(":")
+    return int(index), int(workers), int(port), Path(folder) if folder else None
 
 
 __all__ = ["InstanceLocked", "read_worker", "reserve_port", "supervise", "worker_config"]

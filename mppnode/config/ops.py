@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 from mppnode.config.section import Section
 
@@ -16,6 +18,8 @@ class MetricsConfig:
 
     host: str = "127.0.0.1"
     port: int = 8404
+    folder: Path | None = None
+    """Where workers leave what they have counted for each other, and a node for itself after a restart."""
 
 
 def read_metrics(section: Section) -> MetricsConfig:
@@ -24,6 +28,13 @@ def read_metrics(section: Section) -> MetricsConfig:
     config = MetricsConfig(
         host=section.text("host", _HOST, base.host, base.host),
         port=section.whole("port", 0, 65_535, base.port),
+        folder=section.get("folder", lambda value: section.base / _path(value), None, fallback=None),
     )
     section.done()
     return config
+
+
+def _path(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise ValueError("must be a path")
+    return value

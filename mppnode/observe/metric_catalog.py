@@ -133,7 +133,7 @@ TOKEN_GAP_SECONDS: Final = _histogram(
 )
 TOKENS: Final = _counter("tokens", "Tokens charged; cached and reasoning are parts.", labels.MODEL, labels.TOKEN_KIND)
 COUNTED_REQUESTS: Final = _counter(
-    "counted_requests", "Charged requests, by whose token count the bill is made of.", labels.SOURCE
+    "counted_requests", "Complete answers, by whose token count their bill is made of.", labels.SOURCE
 )
 CHARGED_USD: Final = _counter("charged_usd", "Dollars charged for what was delivered.", labels.RAIL)
 MODEL_CHARGED_USD: Final = _counter("model_charged_usd", "Dollars charged, by model.", labels.MODEL)

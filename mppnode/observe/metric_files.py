@@ -40,7 +40,7 @@ _FORMAT: Final = 1
 _NUMBERS: Final = (int, float)
 
 
-class SlotsTaken(Exception):
+class SlotsTaken(OSError):
     """Every slot of the folder is held by a living process, which means that something starts far too many."""
 
 

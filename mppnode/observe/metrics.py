@@ -10,6 +10,7 @@ metric's values is counted as ``other`` (``metric_labels.py``). Money is pico-do
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import Final
 
@@ -441,6 +442,20 @@ class Metrics(Collector):
             self._snapshot_failures.put(self._shared.failures)
             self._unreadable.put(self._shared.unreadable)
         return self._board.snapshot()
+
+    @property
+    def shared(self) -> bool:
+        """Whether other processes count with this one."""
+        return self._shared is not None
+
+    def share(self, folder: Path) -> None:
+        """Count together with every process that shares ``folder``, from what its slot counted before.
+
+        Raises:
+            OSError: the folder cannot be used, or (``SlotsTaken``) too many processes use it.
+        """
+        assert self._shared is None
+        self._shared = SharedFolder(folder, self._board.vocabulary)
 
     def flush(self) -> None:
         """Write this process's numbers for the others; every second or so, in a thread. Without others, nothing."""

@@ -16,6 +16,7 @@ import aiohttp
 
 from channels.descriptor import SessionProtocol
 from channels.instants import UnixMillis, to_rfc3339
+from channels.model import Phase
 from channels.payer.model import PayerPolicy
 from channels.payer.signer import LocalSigner
 from channels.units import Pico, Units
@@ -212,8 +213,10 @@ class Town:
         assert treasury is not None
         await self.shop.settled()
         await self.paid_stream(tokens=1_000)
-        await treasury.treasurer._review()
-        await asyncio.sleep(0.1)
+        assert self.shop.net.node.books is not None
+        for account in await self.shop.net.node.books.accounts():
+            if account.phase is Phase.OPEN and account.settleable > account.chain.settled:
+                await treasury.treasurer.settle(account.id)
         await self.payer.close(self.shop.net.chat_url)
         for chore in treasury.treasurer._chores:
             await chore()
