@@ -84,7 +84,7 @@ def test_fields_that_sound_secret_are_few_and_known() -> None:
     """A field whose name sounds like a secret's shows no text, so none is used but the id of an API key."""
     sounding = {(spec.name, name) for spec in EVENTS for name in spec.fields if sounds_secret(name)}
     assert sounding == {("request.ended", "key")}
-    assert NOT_SECRET == {"token_source"}
+    assert {"token_source"} == NOT_SECRET
 
 
 def test_the_version_in_the_log_is_the_packages() -> None:
