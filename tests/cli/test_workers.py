@@ -12,12 +12,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from channels.ids import to_hex
 from channels.model import Phase
 from mppnode.cli.devnet import FUNDS
 from tests.cli.operator import Desk, configuration, desk
+from tests.grafana.server import free_port
 from tests.support.postgres import postgres_database
 
 PATIENCE_S = 40
@@ -112,6 +115,44 @@ async def test_workers_share_port_and_ledger_and_one_may_die(shop: Desk) -> None
     spent = sum(int(record["spent"]) for record in ran.records)
     assert net.chain.balance(net.payee) - FUNDS == spent
     assert (await shop.run("reconcile", config="workers.toml")).status == 0
+
+
+async def test_workers_count_as_one_and_a_killed_one_takes_nothing_back(tmp_path: Path) -> None:
+    """Whichever worker is scraped, the page is everybody's; a worker that is killed has lost at most a second's counts."""
+    port = free_port()
+    async with desk(tmp_path) as shop, aiohttp.ClientSession(connector=aiohttp.TCPConnector(force_close=True)) as http:
+        metrics = f"[metrics]\nport = {port}\n"
+        (tmp_path / "workers.toml").write_text(configuration(shop.net, ledger='"workers.sqlite"') + metrics)
+
+        async def refused(count: int, url: str) -> None:
+            for _ in range(count):
+                async with http.post(f"{url}/v1/chat/completions", json={"model": "dev/story", "messages": []}) as answer:
+                    assert answer.status == 400
+
+        async def page() -> dict[str, float]:
+            async with http.get(f"http://127.0.0.1:{port}/metrics") as answer:
+                families = text_string_to_metric_families(await answer.text())
+            return {s.name + str(s.labels.get("reason", "")): s.value for family in families for s in family.samples}
+
+        async def until(name: str, value: float) -> None:
+            async with asyncio.timeout(PATIENCE_S):
+                while (await page()).get(name) != value:
+                    await asyncio.sleep(0.1)
+
+        refusals = "mppnode_requests_refused_totalinvalid_field"
+        async with service(shop, "serve", "workers.toml", "--workers", "2") as served:
+            await served.until("node.started", 2)
+            await until("mppnode_processes", 2)
+            await refused(40, served.url)
+            for _ in range(10):  # on new connections, so by both workers
+                await until(refusals, 40)
+            os.kill(children(served.process.pid)[0], signal.SIGKILL)
+            await until(refusals, 40)
+            await served.until("node.started", 3)
+            await until("mppnode_processes", 2)
+            await refused(5, served.url)
+            for _ in range(10):
+                await until(refusals, 45)
 
 
 async def test_a_stream_follows_its_money_across_workers(shop: Desk) -> None:
