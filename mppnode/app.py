@@ -95,12 +95,14 @@ class Node:
         """Open the ledger, recover it, check the chain, then listen.
 
         Raises:
-            WrongChain, ChannelFault, OSError, ``InstanceLocked``: nothing is left running.
+            WrongChain, ChannelFault, OSError, ``InstanceLocked``, CatalogError, TokenizerError, ValueError: nothing is
+                left running.
         """
         try:
             await self._start()
         except BaseException:
             await self._daemons.drain(deadline_s=0)
+            await self._owner.drain(deadline_s=0)  # closes that were taken up again, a look at the ledger
             await self._exit.aclose()
             raise
 

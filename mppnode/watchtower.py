@@ -64,6 +64,7 @@ class Watchtower:
             await self._open()
         except BaseException:
             await self._daemons.drain(deadline_s=0)
+            await self._owner.drain(deadline_s=0)
             await self._exit.aclose()
             raise
 

@@ -22,12 +22,12 @@ from mppnode.ledger.base import LedgerError
 from mppnode.ledger.sqlite import InstanceLocked
 from mppnode.observe.logs import Level, Log, NodeLog, is_terminal, make_log, wants_colour
 from mppnode.parts import World, WrongChain
-from mppnode.reload import Reloader
+from mppnode.reload import UNUSABLE, Reloader
 from mppnode.watchtower import Watchtower
 
 _BAD_CONFIG = 2
 _FAILED = 1
-CANNOT_START = (WrongChain, InstanceLocked, LedgerError, ChannelFault, OSError, sqlite3.Error)
+CANNOT_START = (WrongChain, InstanceLocked, LedgerError, ChannelFault, OSError, sqlite3.Error, *UNUSABLE)
 
 
 def serve(path: Path, *, workers: int | None = None, worker: str | None = None) -> int:
@@ -120,18 +120,32 @@ async def _run(
 
     service = make(config, World(SystemClock(), os.urandom, log, on_fatal))
     try:
-        await service.start()
+        runs = await _started(service, orders)
     except CANNOT_START as error:
         log.close()
         print(f"mppnode: cannot start: {error}", file=sys.stderr)
         return _FAILED
-    await _until_told(orders, service, config, log, lambda: mine(load_config(path, environment())))
-    orders.when_hurried(service.hurry)
-    await service.stop()
+    if runs:
+        await _until_told(orders, service, config, log, lambda: mine(load_config(path, environment())))
+        orders.when_hurried(service.hurry)
+        await service.stop()
     log.close()
     if fatal:
         print(f"mppnode: stopped because the ledger failed: {fatal[0]}", file=sys.stderr)
     return _FAILED if fatal else 0
+
+
+async def _started(service: _Service, orders: Orders) -> bool:
+    """Start a service; False when the order to stop came first: a chain that is silent is waited for half a minute."""
+    owner = TaskOwner(lambda _name, _error: None)  # what went wrong is for the caller
+    starting, told = owner.start(service.start(), name="start"), owner.start(orders.stop.wait(), name="stop")
+    await asyncio.wait({starting, told}, return_when=asyncio.FIRST_COMPLETED)
+    # Like a crash at the same place, from which the next start recovers; but what was opened is closed.
+    await owner.drain(deadline_s=0)
+    if starting.cancelled():
+        return False
+    starting.result()
+    return True
 
 
 async def _until_told(
