@@ -104,7 +104,7 @@ def calls(times: int) -> None:
         "hold_refused, unknown reason": lambda: metrics.hold_refused("session", "never heard of it"),
         "committed": lambda: metrics.committed("sqlite", 0.0017),
         "loop_lag": lambda: metrics.loop_lag(0.0004),
-        "breaker_state": lambda: metrics.breaker_state(provider, 0),
+        "breaker_states": lambda: metrics.breaker_states({provider: 0}),
     }
     idle = nanoseconds(lambda: None, times)
     for name, one in work.items():

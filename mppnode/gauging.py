@@ -7,7 +7,6 @@ by themselves or are everybody's. A look that fails leaves the values as they we
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,23 +162,23 @@ class Gauges:
         self.metrics.exposure(Rail.CREDIT.value, self.credit.unrecorded())
         catalog, now = self.market.catalog(), self.clock.monotonic()
         self.metrics.know(models=catalog.models(), providers=self.market.endpoints)
-        worst: defaultdict[str, int] = defaultdict(int)
+        worst = dict.fromkeys(self.market.endpoints, 0)
+        usable_by: dict[str, int] = {}
         priced: dict[str, int] = {}
         for index, model in enumerate(catalog.models()):
             usable = 0
             for listing in catalog.listings(model):
                 usable += self.market.readiness(listing) is not Readiness.UNAVAILABLE
                 standing = self.market.router.health.standing((listing.provider, model), now)
-                worst[listing.provider] = max(worst[listing.provider], standing)
+                worst[listing.provider] = max(worst.get(listing.provider, 0), standing)
                 if listing.priced_at is not None:
                     priced[listing.provider] = min(priced.get(listing.provider, listing.priced_at), listing.priced_at)
-            self.metrics.providers_usable(model, usable)
+            usable_by[model] = usable
             if index % 64 == 63:  # noqa: PLR2004 - streams go on while a catalog of thousands is looked through
                 await asyncio.sleep(0)
-        for provider in self.market.endpoints:
-            self.metrics.breaker_state(provider, worst[provider])
-            if provider in priced:
-                self.metrics.prices_confirmed(provider, priced[provider], catalog.held.get(provider, 0))
+        self.metrics.providers_usable(usable_by)
+        self.metrics.breaker_states(worst)
+        self.metrics.prices_confirmed(priced, catalog.held)
 
     async def look_at_ledger(self) -> None:
         """Keys, tasks, and what is promised or not billed yet. Raises ``STORE_UNAVAILABLE``."""

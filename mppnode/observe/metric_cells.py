@@ -168,6 +168,18 @@ class Gauge(_Family):
             labels = self._folded(labels)
         self.cells[labels] = Reading(value, self._board.now_ms())
 
+    def replace(self, values: Mapping[str, Number], worse: Callable[[Number, Number], Number]) -> None:
+        """Have a value for each of these names and for no other; ``other`` is the worse one of those it stands for.
+
+        Names of our own catalog that are beyond the vocabulary's room are no strangers, and not counted as folded.
+        """
+        (label,), fold, at_ms = self._spec.labels, self._board.vocabulary.fold, self._board.now_ms()
+        found: dict[str, Number] = {}
+        for name, value in values.items():
+            named = fold(label, name)
+            found[named] = value if named not in found else worse(found[named], value)
+        self.cells = {(name,): Reading(value, at_ms) for name, value in found.items()}
+
     def clear(self) -> None:
         """Have no value any more, until it is set again."""
         self.cells.clear()

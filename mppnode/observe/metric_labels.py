@@ -340,6 +340,8 @@ class Vocabulary:
         before = sum(map(len, self._known.values()))
         for label, names in ((MODEL, models), (PROVIDER, providers)):
             for name in names:
+                if len(self._known[label.name]) > self._max[label.name]:
+                    break  # of ten thousand names, looked through every few seconds, all but the first change nothing
                 self.admit(label, name)
         return sum(map(len, self._known.values())) > before
 

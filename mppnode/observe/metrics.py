@@ -10,6 +10,7 @@ metric's values is counted as ``other`` (``metric_labels.py``). Money is pico-do
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import add
 from pathlib import Path
 from types import MappingProxyType
 from typing import Final
@@ -255,18 +256,18 @@ class Metrics(Collector):
         """A provider was called: ``ok``, or how it failed."""
         self._provider_attempts.add(1, provider, result)
 
-    def breaker_state(self, provider: str, standing: int) -> None:
-        """What this process thinks of a provider, from 0 (steady) to 4 (avoided)."""
-        self._standing.put(standing, provider)
+    def breaker_states(self, standings: Mapping[str, int]) -> None:
+        """What this process thinks of each provider there is, from 0 (steady) to 4 (avoided)."""
+        self._standing.replace(standings, max)
 
-    def providers_usable(self, model: str, count: int) -> None:
-        """How many providers could serve ``model`` now."""
-        self._model_providers.put(count, model)
+    def providers_usable(self, counts: Mapping[str, int]) -> None:
+        """How many providers could serve each model there is now; one that is sold no more is not missed for ever."""
+        self._model_providers.replace(counts, min)
 
-    def prices_confirmed(self, provider: str, at_s: int, held: int) -> None:
-        """A provider's price list was read at ``at_s`` (Unix seconds); ``held`` of its prices wait for the operator."""
-        self._price_time.put(at_s, provider)
-        self._prices_held.put(held, provider)
+    def prices_confirmed(self, at_s: Mapping[str, int], held: Mapping[str, int]) -> None:
+        """When each price list there is was read (Unix seconds), and how many of its prices wait for the operator."""
+        self._price_time.replace(at_s, min)
+        self._prices_held.replace({provider: held.get(provider, 0) for provider in at_s}, add)
 
     # ------------------------------------------------------------------------------------------------------ channels
 

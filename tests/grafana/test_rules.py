@@ -320,13 +320,13 @@ STORIES = [
         lambda m: m.sponsor_budget(9 * 10**11, 10**12),
         lambda m: m.sponsor_budget(0, 10**12),
     ),
-    Story("MppnodeModelWithoutProvider", lambda m: m.providers_usable("x/y", 0), lambda m: m.providers_usable("x/y", 1)),
+    Story("MppnodeModelWithoutProvider", lambda m: m.providers_usable({"x/y": 0}), lambda m: m.providers_usable({"x/y": 1})),
     Story("MppnodeFileDescriptors", None),
     Story("MppnodeMetricsLost", lambda m: m._unreadable.put(1), lambda m: m._unreadable.put(0)),
     Story(
-        "MppnodePricesOld", lambda m: m.prices_confirmed("p", NOW - 120 * HOURS, 0), lambda m: m.prices_confirmed("p", NOW, 0)
+        "MppnodePricesOld", lambda m: m.prices_confirmed({"p": NOW - 120 * HOURS}, {}), lambda m: m.prices_confirmed({"p": NOW}, {})
     ),
-    Story("MppnodePricesHeld", lambda m: m.prices_confirmed("p", NOW, 3), lambda m: m.prices_confirmed("p", NOW, 0)),
+    Story("MppnodePricesHeld", lambda m: m.prices_confirmed({"p": NOW}, {"p": 3}), lambda m: m.prices_confirmed({"p": NOW}, {})),
     Story(
         "MppnodeOutboxStuck",
         lambda m: m.outbox("meter", due=4, parked=0, oldest_s=700),

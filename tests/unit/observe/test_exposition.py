@@ -147,6 +147,6 @@ def test_what_is_unknown_is_one_series():
     """A model that is in no catalog is called other on the page."""
     registry, metrics = CollectorRegistry(), None
     metrics = Metrics(registry, clock=ManualClock(), vocabulary=Vocabulary())
-    metrics.providers_usable('evil"} 1\nforged', 3)
+    metrics.providers_usable({'evil"} 1\nforged': 3})
     assert f'mppnode_model_providers_usable{{model="{OTHER}"}} 3.0\n' in render(registry).body.decode()
     assert "forged" not in render(registry).body.decode()

@@ -8,7 +8,7 @@ from mppnode.engine.stream import Ending
 from mppnode.kernel.clock import ManualClock
 from mppnode.observe import metric_catalog as catalog
 from mppnode.observe.metric_catalog import CATALOG, SERIES_MAX, Kind, series_max
-from mppnode.observe.metric_labels import MODELS_MAX, Vocabulary
+from mppnode.observe.metric_labels import MODELS_MAX, OTHER, Vocabulary
 from mppnode.observe.metrics import Metrics
 
 MODEL, PROVIDER = "qwen/qwen3.5-9b", "rack"
@@ -129,6 +129,26 @@ def test_what_can_be_known_beforehand_is_there_from_the_start():
     assert value("mppnode_fee_payer_balance_usd") is None  # a gauge nobody has set is unknown, not zero
 
 
+def test_a_name_that_is_gone_is_missed_no_more_and_other_shows_the_worst():
+    """A model without providers that is taken off the list raises no alarm for ever, and no name hides another's zero."""
+    registry, metrics = node()
+    value = registry.get_sample_value
+    metrics.providers_usable({MODEL: 0, "beyond/one": 0, "beyond/two": 3})
+    metrics.breaker_states({PROVIDER: 4, "q1": 2, "q2": 0})
+    metrics.prices_confirmed({PROVIDER: 77, "q1": 9, "q2": 8}, {"q1": 1, "q2": 1, "nowhere": 5})
+    assert value("mppnode_model_providers_usable", {"model": OTHER}) == 0
+    assert value("mppnode_provider_standing", {"provider": OTHER}) == 2
+    assert value("mppnode_price_timestamp_seconds", {"provider": OTHER}) == 8
+    assert value("mppnode_prices_held", {"provider": OTHER}) == 2
+    metrics.providers_usable({})
+    metrics.breaker_states({})
+    metrics.prices_confirmed({}, {PROVIDER: 1})
+    for name in ("provider_standing", "price_timestamp_seconds", "prices_held"):
+        assert value(f"mppnode_{name}", {"provider": PROVIDER}) is None
+    assert value("mppnode_model_providers_usable", {"model": MODEL}) is None
+    assert value("mppnode_metric_values_folded_total") == 0, "what our own catalog names is no stranger"
+
+
 def test_gauges_of_money_may_be_large_and_negative():
     """The sums of a large node and a balance below zero are shown as they are."""
     registry, metrics = node()
@@ -154,9 +174,9 @@ def test_every_reporter_reaches_a_metric_of_its_own():
         (lambda: metrics.routed("fastest", "auto", {"quote": 3}), "routing_exclusions_total", {"reason": "quote"}, 3),
         (lambda: metrics.routed("fastest", "auto", {}), "routing_decisions_total", {"strategy": "fastest", "asked": "auto"}, 2),
         (lambda: metrics.provider_attempt(PROVIDER, "timeout"), "provider_attempts_total", {**rack, "result": "timeout"}, 1),
-        (lambda: metrics.breaker_state(PROVIDER, 4), "provider_standing", rack, 4),
-        (lambda: metrics.providers_usable(MODEL, 0), "model_providers_usable", model, 0),
-        (lambda: metrics.prices_confirmed(PROVIDER, 77, 2), "prices_held", rack, 2),
+        (lambda: metrics.breaker_states({PROVIDER: 4}), "provider_standing", rack, 4),
+        (lambda: metrics.providers_usable({MODEL: 0}), "model_providers_usable", model, 0),
+        (lambda: metrics.prices_confirmed({PROVIDER: 77}, {PROVIDER: 2}), "prices_held", rack, 2),
         (lambda: metrics.voucher_accepted(2 * 10**12, 0.001), "accepted_usd_total", {}, 2),
         (lambda: metrics.voucher_refused("voucher_too_low"), "vouchers_refused_total", {"reason": "voucher_too_low"}, 1),
         (metrics.channel_opened, "channels_opened_total", {}, 1),

@@ -120,8 +120,8 @@ def test_each_metric_is_joined_by_its_own_rule(tmp_path):
     """Counters, histograms and running things add up; the worst standing, the fewest providers, the latest sum count."""
     early, late = Worker(tmp_path, at=1_900_000_000), Worker(tmp_path, at=1_900_000_060)
     for worker, standing, usable, keys in ((late, 1, 3, 7), (early, 4, 0, 5)):
-        worker.metrics.breaker_state("p", standing)
-        worker.metrics.providers_usable("m", usable)
+        worker.metrics.breaker_states({"p": standing})
+        worker.metrics.providers_usable({"m": usable})
         worker.metrics.keys_active(keys)
         worker.metrics.exposure("session", 10**12)
         worker.metrics.loop_lag(0.003)
