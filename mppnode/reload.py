@@ -22,7 +22,7 @@ from mppnode.paying import Paying
 from mppnode.pricing.entries import CatalogError
 from mppnode.providers.transport import Transport
 from mppnode.rails.session import SessionRail
-from mppnode.selling import Sales, public_hosts
+from mppnode.selling import Sales, hosts, public_hosts
 
 UNUSABLE: Final = (ConfigError, CatalogError, TokenizerError, ValueError)
 """What is raised for a configuration that cannot be taken up; each says in words what is wrong."""
@@ -55,7 +55,8 @@ class Running:
         jwt, told = new.accounts.jwt, not same(old.accounts.jwt, new.accounts.jwt)
         tokens = await self.tokens(jwt) if told and jwt is not None else None
         if stock is not None:
-            self.transport.guard(public_hosts(new))
+            public = public_hosts(new)
+            self.transport.guard(public, freed=hosts(new) - public)
             self.sales.adopt(stock)
             self.engine.restock(stock.counters, attempts_max=new.routing.attempts_max)
         self.rail.rekey(mac)

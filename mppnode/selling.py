@@ -183,13 +183,22 @@ def public_hosts(config: Config) -> frozenset[str]:
 
     Own machines may have any address, and an address that is written down has been judged with the configuration.
     """
-    hosts = set()
+    found = set()
     for provider in config.providers:
-        host = urlsplit(provider.base_url).hostname or ""
+        host = _host(provider)
         named = host != "localhost" and not host.replace(".", "").isdigit() and ":" not in host
         if provider.kind is not ProviderKind.NATIVE and not provider.insecure and named:
-            hosts.add(host)
-    return frozenset(hosts)
+            found.add(host)
+    return frozenset(found)
+
+
+def hosts(config: Config) -> frozenset[str]:
+    """The hosts of all providers."""
+    return frozenset(map(_host, config.providers))
+
+
+def _host(provider: ProviderConfig) -> str:
+    return urlsplit(provider.base_url).hostname or ""
 
 
 def _endpoint(provider: ProviderConfig, clock: Clock) -> Endpoint:

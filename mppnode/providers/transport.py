@@ -500,9 +500,12 @@ class Transport:
         self._pools: dict[Origin, _Pool] = {}
         self._closed = False
 
-    def guard(self, public: frozenset[str]) -> None:
-        """Keep these hosts, instead of those from before, out of private networks."""
-        self._public = public
+    def guard(self, public: frozenset[str], *, freed: frozenset[str] = frozenset()) -> None:
+        """Keep these hosts out of private networks too; of those from before, all but the ``freed``.
+
+        Not only these: a request that began before a provider was taken out may still turn to it.
+        """
+        self._public = (self._public - freed) | public
 
     async def open(self, request: UpstreamRequest) -> Response:
         """Send ``request`` and return once the headers of its response are in, whatever its status.

@@ -73,3 +73,18 @@ async def test_a_name_that_changes_its_answer_gains_nothing(monkeypatch: pytest.
     await transport.close()
     server.close()
     await server.wait_closed()
+
+
+async def test_a_guard_outlives_the_provider_it_was_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that fails over to a provider a reload has just removed is still kept out of our network; a host whose
+    owner now says that it is in there is let go.
+    """
+    transport = Transport(public=frozenset({"gone.example.com", "moved.example.com"}))
+    transport.guard(frozenset({"new.example.com"}), freed=frozenset({"moved.example.com"}))
+    resolver(monkeypatch, ["127.0.0.1"])
+    for host in ("gone.example.com", "new.example.com"):
+        with pytest.raises(UpstreamFault, match="private network"):
+            await transport.open(UpstreamRequest("POST", f"http://{host}:1/v1", (), b"{}"))
+    with pytest.raises(UpstreamFault, match="cannot be reached"):
+        await transport.open(UpstreamRequest("POST", "http://moved.example.com:1/v1", (), b"{}"))
+    await transport.close()
