@@ -26,6 +26,8 @@ SILENT_S: Final = 3.0
 """Without an answer of the ledger for so long no work is asked for; two lost looks are forgiven."""
 LATE_S: Final = 2.0
 """An event loop that turns so late keeps payers waiting and is about to lose its lease, which lasts 10 s."""
+SCRAPES_MAX: Final = 4
+"""Scrapes that wait for their page, with two Prometheus servers and a person among them; others come again."""
 _PROBE_BYTES: Final = 1_024  # probes have no body; aiohttp reads what is sent all the same
 _HEADERS: Final = {"Cache-Control": "no-store"}
 
@@ -142,6 +144,7 @@ class OpsSurface:
         self._vitals = vitals
         self._exposition = exposition
         self._rendering = asyncio.Lock()  # one page at a time: each takes tens of milliseconds of this machine
+        self._waiting = 0
 
     def routes(self) -> Sequence[web.RouteDef]:
         """The routes of this surface; ``web.get`` answers HEAD too."""
@@ -162,11 +165,30 @@ class OpsSurface:
         return _answer(body, good=status != "unready")
 
     async def metrics(self, request: web.Request) -> web.Response:
-        """What the process has counted."""
-        assert self._exposition is not None
-        async with self._rendering:
-            body, kind = await asyncio.to_thread(self._exposition, request.headers.get("Accept", ""))
+        """What the process has counted; 503 when too many ask at once."""
+        if self._waiting > SCRAPES_MAX:
+            return _answer({"status": "busy"}, good=False)
+        self._waiting += 1
+        try:
+            body, kind = await self._page(request.headers.get("Accept", ""))
+        finally:
+            self._waiting -= 1
         return web.Response(body=body, headers={**_HEADERS, "Content-Type": kind})
+
+    async def _page(self, accept: str) -> tuple[bytes, str]:
+        assert self._exposition is not None
+        await self._rendering.acquire()
+        drawing = asyncio.get_running_loop().run_in_executor(None, self._exposition, accept)
+        # When the thread is done, and not when the scraper is: one that hangs up at once, again and again, would have
+        # a page drawn in every thread there is.
+        drawing.add_done_callback(self._drawn)
+        await asyncio.wait({drawing})
+        return drawing.result()
+
+    def _drawn(self, drawing: asyncio.Future[tuple[bytes, str]]) -> None:
+        self._rendering.release()
+        if not drawing.cancelled():
+            drawing.exception()  # seen: there may be nobody left to tell
 
 
 def ops_app(surface: OpsSurface, *, log: Log, entropy: Callable[[int], bytes]) -> web.Application:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp.test_utils import make_mocked_request
 
 from channels.faults import ChannelFault, Reason
 from channels.units import Pico
@@ -18,7 +20,7 @@ from mppnode.cli.devnet import DevnetOptions
 from mppnode.config.ops import MetricsConfig
 from mppnode.config.schema import Config, LimitsConfig, ProviderConfig
 from mppnode.config.secrets import Secret
-from mppnode.http.ops import LATE_S, SILENT_S, Phase, Vitals
+from mppnode.http.ops import LATE_S, SCRAPES_MAX, SILENT_S, OpsSurface, Phase, Vitals
 from mppnode.kernel.clock import ManualClock
 from mppnode.kernel.tasks import TaskOwner
 from mppnode.reload import taken_up
@@ -197,6 +199,55 @@ async def test_probes_do_not_ask_the_ledger(world: World, monkeypatch: pytest.Mo
     replies = [await world.send(method="GET", path="/readyz") for _ in range(100)]
     assert {reply.status for reply in replies} == {200}
     assert asked <= 1, "the node's own look, if its second was over"
+
+
+async def test_scrapers_that_hang_up_cost_one_page_at_a_time() -> None:
+    """Whoever comes and goes, one page is drawn at once, and only so many wait: the threads are for others too."""
+    drawing, most, drawn, held = 0, 0, 0, threading.Event()
+    count = threading.Lock()
+
+    def page(_: str) -> tuple[bytes, str]:
+        nonlocal drawing, most, drawn
+        with count:
+            drawing, drawn = drawing + 1, drawn + 1
+            most = max(most, drawing)
+        held.wait(10)
+        with count:
+            drawing -= 1
+        return b"x 1\n", "text/plain"
+
+    surface = OpsSurface(Body().vitals, page)
+    scrapes = [asyncio.ensure_future(surface.metrics(make_mocked_request("GET", "/metrics"))) for _ in range(20)]
+    while not drawing:
+        await asyncio.sleep(0)
+    refused = [scrape for scrape in scrapes if scrape.done()]
+    assert [scrape.result().status for scrape in refused] == [503] * (20 - 1 - SCRAPES_MAX)
+    for scrape in scrapes:
+        scrape.cancel()
+    await asyncio.gather(*scrapes, return_exceptions=True)
+    last = asyncio.ensure_future(surface.metrics(make_mocked_request("GET", "/metrics")))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert (most, drawn) == (1, 1)
+    held.set()
+    assert (await last).status == 200
+    assert (most, drawn) == (1, 2)
+
+
+async def test_a_page_that_cannot_be_drawn_does_not_stop_the_next() -> None:
+    """A scrape fails alone, also one that nobody waits for any more."""
+    pages = [RuntimeError("no"), (b"x 1\n", "text/plain")]
+
+    def page(_: str) -> tuple[bytes, str]:
+        found = pages.pop(0)
+        if isinstance(found, RuntimeError):
+            raise found
+        return found  # type: ignore[return-value]
+
+    surface = OpsSurface(Body().vitals, page)
+    with pytest.raises(RuntimeError):
+        await surface.metrics(make_mocked_request("GET", "/metrics"))
+    assert (await surface.metrics(make_mocked_request("GET", "/metrics"))).status == 200
 
 
 # ----------------------------------------------------------------------------------------------------------- the drain
