@@ -1,7 +1,8 @@
 """What is measured by looking, every few seconds: money, channels, providers, prices, keys, tasks, and the loop itself.
 
 What can be counted where it happens is counted there. This is the rest: states that nobody reports, because they change
-by themselves or are everybody's. A look that fails leaves the values as they were; the next one comes soon.
+by themselves or are everybody's. A look that fails leaves the values as they were, but for ages, which grow; the next
+one comes soon.
 """
 
 from __future__ import annotations
@@ -80,6 +81,61 @@ def commits_into(metrics: Metrics, config: Config) -> Callable[[float | None], N
     return committed
 
 
+@dataclass(slots=True)
+class ChainSight:
+    """What the chain's node shows of itself and of the fee payer."""
+
+    metrics: Metrics
+    clock: Clock
+    chain: Chain
+    fee_token: Address
+    fee_payer: Address
+    seen: int
+    """Unix time of the newest block; of the start, until there is one."""
+
+    @classmethod
+    def of(cls, config: Config, metrics: Metrics, clock: Clock, chain: Chain) -> ChainSight:
+        """That of a process that settles with the configuration's key."""
+        payer = address_of(config.chain.payee_key.reveal())
+        return cls(metrics, clock, chain, config.chain.fee_token, payer, seen=clock.now())
+
+    async def look(self) -> None:
+        """How far behind the chain's node is, and what is left for gas. Raises ``CHAIN_UNAVAILABLE``."""
+        try:
+            self.seen = (await self.chain.head()).timestamp
+        finally:
+            # Also when nobody answers: left as it was, the age of a chain that is away would be small for ever.
+            self.metrics.chain_head_age(max(self.clock.now() - self.seen, 0))
+        balance = await self.chain.balance_of(self.fee_token, self.fee_payer)
+        self.metrics.fee_payer_balance(balance * PICO_PER_UNIT)
+
+
+def tower_daemons(
+    metrics: Metrics, sight: ChainSight, log: Log, sleep: Sleep
+) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
+    """The loops of a process that has a treasury and serves nobody, by name."""
+    yield "loop lag", watch_loop(metrics, sight.clock, sleep)
+    yield "gauges chain", keep_looking(sight.look, CHAIN_S, sleep, log)
+
+
+async def keep_looking(look: Callable[[], Awaitable[None]], every_s: float, sleep: Sleep, log: Log) -> None:
+    """Look every so many seconds; what fails is tried again at the next turn."""
+    while True:
+        try:
+            await look()
+        except ChannelFault as fault:
+            log("gauges.late", level=Level.DEBUG, reason=fault.reason.value)
+        await sleep(every_s)
+
+
+async def watch_loop(metrics: Metrics, clock: Clock, sleep: Sleep) -> None:
+    """See how late the loop runs a timer."""
+    while True:
+        due = clock.monotonic() + LOOP_S
+        await sleep(LOOP_S)
+        metrics.loop_lag(max(clock.monotonic() - due, 0.0))
+
+
 @dataclass(frozen=True, slots=True)
 class Gauges:
     """Everything that is looked at, and where it is shown."""
@@ -88,9 +144,7 @@ class Gauges:
     clock: Clock
     log: Log
     ledger: Ledger
-    chain: Chain
-    fee_token: Address
-    fee_payer: Address
+    sight: ChainSight
     sponsor_budget_pico: int
     market: Market
     live: LiveChannels
@@ -116,9 +170,7 @@ class Gauges:
             clock=world.clock,
             log=world.log,
             ledger=ledger,
-            chain=chain,
-            fee_token=config.chain.fee_token,
-            fee_payer=address_of(config.chain.payee_key.reveal()),
+            sight=ChainSight.of(config, metrics, world.clock, chain),
             sponsor_budget_pico=config.treasury.sponsor_budget * PICO_PER_UNIT if config.treasury.sponsor else 0,
             market=market,
             live=live,
@@ -134,27 +186,12 @@ class Gauges:
 
     def daemons(self, sleep: Sleep) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
         """The loops to spawn, by name."""
-        yield "loop lag", self.watch_loop(sleep)
+        yield "loop lag", watch_loop(self.metrics, self.clock, sleep)
         if self.metrics.shared:
             yield "shared metrics", self.keep_shared(sleep)
-        yield "gauges here", self._keep(self.look_here, HERE_S, sleep)
-        yield "gauges ledger", self._keep(self.look_at_ledger, LEDGER_S, sleep)
-        yield "gauges chain", self._keep(self.look_at_chain, CHAIN_S, sleep)
-
-    async def _keep(self, look: Callable[[], Awaitable[None]], every_s: float, sleep: Sleep) -> None:
-        while True:
-            try:
-                await look()
-            except ChannelFault as fault:
-                self.log("gauges.late", level=Level.DEBUG, reason=fault.reason.value)
-            await sleep(every_s)
-
-    async def watch_loop(self, sleep: Sleep) -> None:
-        """See how late the loop runs a timer."""
-        while True:
-            due = self.clock.monotonic() + LOOP_S
-            await sleep(LOOP_S)
-            self.metrics.loop_lag(max(self.clock.monotonic() - due, 0.0))
+        yield "gauges here", keep_looking(self.look_here, HERE_S, sleep, self.log)
+        yield "gauges ledger", keep_looking(self.look_at_ledger, LEDGER_S, sleep, self.log)
+        yield "gauges chain", keep_looking(self.look_at_chain, CHAIN_S, sleep, self.log)
 
     async def look_here(self) -> None:
         """Exposure, providers and prices, as this process sees them."""
@@ -194,8 +231,5 @@ class Gauges:
         self.metrics.sponsor_budget(await self.ledger.promised() * PICO_PER_UNIT, self.sponsor_budget_pico)
 
     async def look_at_chain(self) -> None:
-        """How far behind the chain's node is, and what is left for gas. Raises ``CHAIN_UNAVAILABLE``."""
-        head = await self.chain.head()
-        self.metrics.chain_head_age(max(self.clock.now() - head.timestamp, 0))
-        balance = await self.chain.balance_of(self.fee_token, self.fee_payer)
-        self.metrics.fee_payer_balance(balance * PICO_PER_UNIT)
+        """See :meth:`ChainSight.look`."""
+        await self.sight.look()

@@ -11,10 +11,12 @@ import contextlib
 from dataclasses import replace
 
 import aiohttp
+from prometheus_client import CollectorRegistry
 
 from channels.faults import ChannelFault
 from channels.ids import ChannelId
 from mppnode.config.schema import Config
+from mppnode.gauging import ChainSight, build_metrics, commits_into, page_of, tower_daemons
 from mppnode.http.ops import Exposition, OpsListener, OpsSurface, Phase, Vitals, ops_app
 from mppnode.kernel.tasks import TaskOwner
 from mppnode.kernel.version import VERSION
@@ -40,9 +42,11 @@ class Watchtower:
     ) -> None:
         """``beside`` opens a SQLite ledger that a node may have in use; it is for short visits.
 
-        ``exposition`` renders the metrics; without one there is no ``/metrics``.
+        ``exposition`` renders the metrics in place of the page of this process's own.
         """
-        self._exposition = exposition
+        registry = CollectorRegistry()
+        self.metrics = build_metrics(config, world.clock, registry)
+        self._exposition = exposition or page_of(registry)
         self.ops_url = ""
         self._config = replace(config, node=replace(config.node, name=f"{config.node.name}-{name}"))
         self._beside = beside
@@ -53,6 +57,7 @@ class Watchtower:
         self.books: Books
         self.treasury: Treasury
         self.life: Life
+        self.sight: ChainSight
 
     async def open(self) -> None:
         """Open ledger and chain and put the treasury together; nothing moves by itself yet.
@@ -74,7 +79,15 @@ class Watchtower:
         await ledger.start()
         self._exit.push_async_callback(ledger.stop)
         self.ledger = ledger
-        self.books = Books(ledger, clock=world.clock, policy=account_policy(config), probe=world.probe, log=world.log)
+        ledger.on_commit = commits_into(self.metrics, config)
+        self.books = Books(
+            ledger,
+            clock=world.clock,
+            policy=account_policy(config),
+            probe=world.probe,
+            metrics=self.metrics,
+            log=world.log,
+        )
         self.life = Life(ledger, config.node.name, clock=world.clock, sleep=asyncio.sleep, on_lost=self._lost)
         await self.life.begin()
         self._exit.push_async_callback(self.life.end)
@@ -90,7 +103,9 @@ class Watchtower:
             life=self.life,
             owner=self._owner,
             quiesce=_nothing_runs_here,
+            metrics=self.metrics,
         )
+        self.sight = ChainSight.of(config, self.metrics, world.clock, self.chain)
 
     async def start(self) -> None:
         """Open everything and begin to work. Raises as :meth:`open`, and ``OSError`` for a port that is taken."""
@@ -99,6 +114,8 @@ class Watchtower:
         self._daemons.spawn(sweeper.keep(asyncio.sleep, self._late), name="sweep")
         self._daemons.spawn(self.treasury.treasurer.keep(), name="treasury")
         self._daemons.spawn(self.treasury.daily.keep(asyncio.sleep), name="reconcile")
+        for name, loop in tower_daemons(self.metrics, self.sight, self._world.log, asyncio.sleep):
+            self._daemons.spawn(loop, name=name)
         try:
             await self._listen_to_operators()
         except BaseException:
