@@ -143,14 +143,20 @@ class Reloader:
             tables = _tables(changed_keys(self._config, config))
             if tables and self._service is not None:
                 await self._service.reload(config)
-        except UNUSABLE as error:
-            problems = error.problems if isinstance(error, ConfigError) else [str(error)]
-            self._log("config.refused", level=Level.ERROR, problems=problems)
+        except Exception as error:  # noqa: BLE001 - one that went past here would be the last reload of this process
+            self._log("config.refused", level=Level.ERROR, problems=_problems(error))
             return
         self._config = config
         self._log("config.reloaded", tables=tables)
         if keys := changed_keys(config, new):
             self._log("config.needs_restart", level=Level.WARNING, keys=list(keys))
+
+
+def _problems(error: Exception) -> list[str]:
+    if isinstance(error, ConfigError):
+        return error.problems
+    # Of what we did not foresee the type alone: its text may quote the file, or a secret.
+    return [str(error) if isinstance(error, UNUSABLE) else f"not taken up: {type(error).__name__}"]
 
 
 def _tables(keys: tuple[str, ...]) -> list[str]:
