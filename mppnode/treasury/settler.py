@@ -231,7 +231,9 @@ class Settler:
         except ChannelFault as fault:
             # A refusal is believed only of bytes that have never left before this moment.
             if fault.reason is Reason.CHAIN_REJECTED:
-                return await self._move(intent, steps.ended(intent, IntentState.DEAD, now=self._clock.now()))
+                dead = await self._move(intent, steps.ended(intent, IntentState.DEAD, now=self._clock.now()))
+                self._metrics.transaction_failed(intent.kind.value, "dead")
+                return dead
         self._probe("broadcast.after")
         return intent
 
@@ -297,7 +299,7 @@ class Settler:
                 Reason.CHAIN_OUTCOME_UNKNOWN, detail="the transaction paid another amount than was fixed"
             )
         moved = await self._move(intent, steps.ended(intent, IntentState.FINAL, now=now))
-        paid = max(intent.amount - account.chain.settled, 0) * PICO_PER_UNIT
+        paid = _newly_paid(intent, account, outcome) * PICO_PER_UNIT
         self._metrics.settled_on_chain(intent.kind.value, paid, self._gas(outcome))
         self._tell(moved, self._gas(outcome))
         return moved
@@ -365,6 +367,12 @@ def _paid(intent: Intent, account: Account, receipt: Receipt) -> Units | None:
         return None if closed is None else closed.settled
     settled = settled_in(account.id, account.escrow, receipt.logs)
     return None if settled is None or settled.payee != account.descriptor.payee else settled.settled
+
+
+def _newly_paid(intent: Intent, account: Account, receipt: Receipt) -> int:
+    """What this transaction itself brought. The books may have seen its effect, when it is taken up after a restart."""
+    settled = settled_in(account.id, account.escrow, receipt.logs) if intent.kind is IntentKind.SETTLE else None
+    return max(intent.amount - account.chain.settled, 0) if settled is None else settled.paid
 
 
 def _calldata(account: Account, intent: Intent) -> bytes:

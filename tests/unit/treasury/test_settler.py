@@ -1,8 +1,10 @@
 """One transaction from the wish to the proof: what is signed, how often, for which fee, and when it counts."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from channels import escrow as v2
 from channels import intent as steps
@@ -19,6 +21,8 @@ from mppnode.chain.devchain import PATH_USD, DevChain, LocalTransport
 from mppnode.chain.rpc import CLOCK_APART_S, VALIDITY_S, RpcChain, RpcLimits
 from mppnode.config.secrets import Secret
 from mppnode.kernel.clock import ManualClock
+from mppnode.observe.metric_labels import Vocabulary
+from mppnode.observe.metrics import Metrics
 from mppnode.treasury.settler import Settler
 from tests.support.builders import NOW, V2, chain
 from tests.unit.treasury.fakes import KEY, Desk, channel_id, terms
@@ -30,7 +34,7 @@ DEADLINE = UnixSeconds(NOW + 780)
 class Bench(Desk):
     """Processes that settle over one ledger and one chain."""
 
-    async def worker(self, name):
+    async def worker(self, name, metrics=None):
         me = await self.ledger.join(name)
         return Settler(
             self.chain,
@@ -41,6 +45,7 @@ class Bench(Desk):
             entropy=self.random,
             node=lambda: me,
             sleep=self._pause,
+            metrics=metrics,
         )
 
     async def _pause(self, seconds):
@@ -83,6 +88,36 @@ async def test_block_that_is_not_final_is_no_proof(bench):
     bench.chain.final = bench.chain.block
     await worker.bring(bench.account, IntentKind.SETTLE, AMOUNT)
     assert (await bench.states(), len(set(bench.chain.sent))) == ([IntentState.FINAL], 1)
+
+
+def counting(bench):
+    registry = CollectorRegistry()
+    return registry.get_sample_value, Metrics(registry, clock=bench.clock, vocabulary=Vocabulary())
+
+
+async def test_a_settlement_the_books_know_already_is_counted_whole(bench):
+    """Taken up after a restart, with books that have seen its effect, it has paid what its own event says."""
+    value, metrics = counting(bench)
+    bench.chain.final = bench.chain.block - 1
+    await reason((await bench.worker("one")).bring(bench.account, IntentKind.SETTLE, AMOUNT))
+    bench.chain.final = bench.chain.block
+    known = replace(bench.account, chain=replace(bench.account.chain, settled=AMOUNT))
+    await (await bench.worker("one", metrics)).bring(known, IntentKind.SETTLE, AMOUNT)
+    assert value("mppnode_settled_usd_total") == AMOUNT / 10**6
+
+
+async def test_a_transaction_the_chain_refuses_is_counted_as_dead(bench):
+    """Signed and refused at once, it ended as surely as one whose time has passed."""
+    value, metrics = counting(bench)
+
+    def refuse(_raw):
+        raise ChannelFault(Reason.CHAIN_REJECTED, detail="no")
+
+    bench.chain.on_send = refuse
+    worker = await bench.worker("one", metrics)
+    assert await reason(worker.bring(bench.account, IntentKind.SETTLE, AMOUNT)) is Reason.CHAIN_REJECTED
+    assert await bench.states() == [IntentState.DEAD]
+    assert value("mppnode_transactions_total", {"kind": "settle", "result": "dead"}) == 1
 
 
 def _pays_less(account):
