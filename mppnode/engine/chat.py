@@ -324,7 +324,8 @@ class ChatEngine:
         finally:
             self._runs.discard(run)
             run.purchase.done(run.tab)
-            self.reporter.ended(run, total, ending)
+            # Not the total: the ledger may be away, or somebody else may have closed this bill at what was recorded.
+            self.reporter.ended(run, run.tab.recorded, ending)
 
     @property
     def stopping(self) -> bool:

@@ -155,8 +155,15 @@ class Tab(Protocol):
         """The voucher to ask the payer for now, if any."""
         ...
 
+    @property
+    def recorded(self) -> Pico:
+        """What is in the ledger as charged for this request, whatever becomes of its process."""
+        ...
+
     async def settle(self, total: Pico, facts: Facts) -> None:
         """Charge exactly ``total`` pico for the whole request, release the hold, and record what became of it.
+
+        When somebody else has released the hold meanwhile, what was ``recorded`` then is the bill.
 
         Raises:
             ChannelFault: ``STORE_UNAVAILABLE`` when nothing could be recorded.

@@ -190,8 +190,12 @@ class CreditRail:
 
     # ------------------------------------------------------------------------------------------------------ settlement
 
-    async def settle(self, tab: CreditTab, total: Pico, facts: Facts) -> None:
-        """Charge a request and write everything that belongs to it. Raises ``STORE_UNAVAILABLE``."""
+    async def settle(self, tab: CreditTab, total: Pico, facts: Facts) -> bool:
+        """Charge a request and write everything that belongs to it; False when somebody else has closed its bill.
+
+        Raises:
+            ChannelFault: ``STORE_UNAVAILABLE``.
+        """
         at = self.clock.now_millis()
         try:
             await self.books.transact(
@@ -201,6 +205,8 @@ class CreditRail:
             # Dropped by a sweep that took this process for dead: what was recorded then is the bill.
             if fault.reason is not CreditReason.HOLD_FENCED:
                 raise
+            return False
+        return True
 
     def _settled(
         self, found: CreditAccount | None, tab: CreditTab, total: Pico, facts: Facts, at: UnixMillis

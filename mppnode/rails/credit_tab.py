@@ -86,6 +86,11 @@ class CreditTab:
         return self._ended
 
     @property
+    def recorded(self) -> Pico:
+        """See :meth:`Tab.recorded`."""
+        return Pico(self._recorded)
+
+    @property
     def unrecorded(self) -> int:
         """Pico that have left this process and are not in the ledger yet."""
         return max(self.delivered() - self._recorded, 0)
@@ -137,7 +142,8 @@ class CreditTab:
         self._closing = True
         if self._folding is not None:
             await asyncio.wait({self._folding})
-        await self._rail.settle(self, total, facts)
+        if await self._rail.settle(self, total, facts):
+            self._recorded = total
 
     def receipt_frame(self, now: UnixMillis, tokens: int) -> bytes:  # noqa: ARG002 - SDKs of API keys know no receipts
         """See :meth:`Tab.receipt_frame`: the receipt of a key's request is ``GET /v1/requests/{id}``."""

@@ -332,7 +332,9 @@ class SessionRail:
             domain.verify(account.id, payload.cumulative, signature, account.descriptor.signer)
         # A payer may have topped up without telling us: look again before refusing for want of deposit.
         account = await self._fresh(account, force=payload.cumulative > account.chain.deposit)
-        plan = await self._books.apply(account.id, AcceptVoucher(Voucher(payload.cumulative, signature)))
+        # Cancelled, the commit would happen all the same, and nobody would count it or write a line about it.
+        accept = AcceptVoucher(Voucher(payload.cumulative, signature))
+        plan = await self._to_the_end(self._books.apply(account.id, accept), name="accept voucher")
         return plan.account
 
     async def _fresh(self, account: Account, *, force: bool) -> Account:

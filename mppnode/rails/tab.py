@@ -104,6 +104,11 @@ class SessionTab:
         return self._ended
 
     @property
+    def recorded(self) -> Pico:
+        """See :meth:`Tab.recorded`."""
+        return Pico(self._recorded)
+
+    @property
     def unrecorded(self) -> int:
         """Pico that have left this process and are not in the ledger yet."""
         return max(self.delivered() - self._recorded, 0)
@@ -282,6 +287,7 @@ class SessionTab:
             if fault.reason not in (Reason.HOLD_FENCED, Reason.CHANNEL_FINALIZED):
                 raise
         else:
+            self._recorded = total
             self._adopt(plan.account)
 
     async def settle(self, total: Pico, facts: Facts) -> None:  # noqa: ARG002 - a channel keeps receipts, not requests
