@@ -266,6 +266,70 @@ CASES = [
 ]
 
 
+def quiet_night(name: str, bad: str, rest: str) -> dict[str, str]:
+    """A failure every seven minutes, and little besides."""
+    return {f"{name}{{{bad}}}": "0x4 1x6 2x6 3x6 4x6 5x30", f"{name}{{{rest}}}": "0x8 1x60"}
+
+
+SLOW = f"{M}first_token_seconds_bucket"
+ORDINARY: dict[str, dict[str, str]] = {
+    "a quiet night with a failure now and then": {
+        **quiet_night(f"{M}model_requests_total", 'outcome="failed"', 'outcome="served"'),
+        **{f'{SLOW}{{le="{bound}"}}': "0x4 1x6 2x6 3x6 4x30" if bound == "+Inf" else "0x60" for bound in ("6.0", "12.0", "+Inf")},
+    },
+    "one call in a while to a Stripe that is briefly away": {
+        f'{M}stripe_calls_total{{result="unreachable"}}': "0x4 1x8 2x8 3x60",
+        f'{M}stripe_calls_total{{result="ok"}}': "5x60",
+    },
+    "nobody asks for anything": {
+        f'{M}model_requests_total{{outcome="{outcome}"}}': "7x60" for outcome in ("served", "failed", "abandoned")
+    },
+    "a restart: every counter begins again, and nobody has reconciled yet": {
+        f'{M}model_requests_total{{outcome="failed"}}': "40x20 0x40",
+        f'{M}model_requests_total{{outcome="served"}}': "9000+600x20 0+600x40",
+        f"{M}ceiling_breaches_total": "2x20 0x40",
+        f'{M}store_failures_total{{store="sqlite"}}': "3x20 0x40",
+        f'{M}transactions_total{{kind="settle",result="reverted"}}': "1x20 0x40",
+        f"{M}meter_errors_total": "4x20 0x40",
+        f"{M}reconciled_timestamp_seconds": "-3600x20 _x40",
+        "process_start_time_seconds": "-90000x20 1200x40",
+        f"{M}close_request_oldest_age_seconds": "0x20 _x2 0x38",
+        "up": "1x20 0x0 1x39",
+    },
+    "another node takes over the treasury": {
+        f"{M}unsettled_oldest_age_seconds": "21000+60x20 _x40",
+        f'{M}unsettled_oldest_age_seconds{{replica="b"}}': "_x22 0+60x38",
+        f"{M}reconciled_timestamp_seconds": "-80000x60",
+        f"{M}ledger_differences": "0x20 _x40",
+    },
+    "a customer's card is declined again and again": {
+        f'{M}stripe_calls_total{{result="declined"}}': rising(2),
+        f'{M}outbox_tasks{{kind="recharge",state="due"}}': steady(1),
+        f'{M}outbox_oldest_age_seconds{{kind="recharge"}}': steady(0),
+    },
+}
+
+
+def test_ordinary_life_raises_no_alarm(tmp_path: Path) -> None:
+    """Restarts, quiet nights, a change of leader and a customer's bad card wake nobody."""
+    tests = []
+    for name, series in ORDINARY.items():
+        given = Case(name, series, {}).input(series)
+        checks = [
+            {"expr": 'count(ALERTS{alertstate="firing"}) or vector(0)', "eval_time": f"{minute}m", "exp_samples": [{"labels": "{}", "value": 0}]}
+            for minute in range(60)
+        ]
+        tests.append({"name": name, "interval": "1m", "input_series": given, "promql_expr_test": checks})
+    assert_promtool_agrees(tmp_path, tests)
+
+
+def test_a_node_that_never_reconciles_is_told_of(tmp_path: Path) -> None:
+    """With no reconciliation at all there is no time of the last one: the process's own age stands for it."""
+    name = "MppnodeNotReconciled"
+    case = Case(name, {"process_start_time_seconds": since(26 * 3600 - 30)}, {"process_start_time_seconds": since(25 * 3600)}, 11)
+    assert_promtool_agrees(tmp_path, case.tests())
+
+
 def test_every_rule_has_a_story_here() -> None:
     """No rule ships untested."""
     assert {case.alert for case in CASES} == set(ALERTS) == {story.alert for story in STORIES}
@@ -273,7 +337,12 @@ def test_every_rule_has_a_story_here() -> None:
 
 def test_rules_fire_at_their_limits_and_after_their_waits(tmp_path: Path) -> None:
     """promtool runs the rules over invented series, minute by minute."""
-    file, tests = tmp_path / "tests.json", [test for case in CASES for test in case.tests()]
+    assert_promtool_agrees(tmp_path, [test for case in CASES for test in case.tests()])
+
+
+def assert_promtool_agrees(tmp_path: Path, tests: list[dict[str, Any]]) -> None:
+    """Run promtool's unit tests on the shipped rules."""
+    file = tmp_path / "tests.json"
     file.write_text(json.dumps({"rule_files": [str(RULES)], "evaluation_interval": "1m", "tests": tests}))
     done = subprocess.run([program("promtool"), "test", "rules", str(file)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
