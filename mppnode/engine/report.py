@@ -103,7 +103,7 @@ class Reporter:
             completion_tokens=0 if usage is None else usage.completion,
             reasoning_tokens=0 if usage is None else usage.reasoning,
             # Who is cut off is billed by our own count, of necessity: that says nothing about its provider.
-            source=tally.source.value if tally is not None and usage is not None and ending is Ending.COMPLETE else None,
+            source=tally.source.value if tally and usage and ending is Ending.COMPLETE else None,
             attempts=run.attempts,
             total_s=now - run.begun,
             first_s=None if run.first_at is None else run.first_at - run.begun,

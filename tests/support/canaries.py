@@ -36,7 +36,7 @@ SHAPES: Final = re.compile(
     r"|\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}"
     r"|\b(?:sk|rk)_(?:test|live)_[A-Za-z0-9]{12,}"
     r"|\bwhsec_[A-Za-z0-9+/]{12,}"
-    r"|(?<![0-9a-f])(?:0x)?[0-9a-f]{128}(?:1b|1c|00|01)(?![0-9a-f])"  # a payer's signature, whole
+    r"|0x[0-9a-f]{128}(?:1b|1c|00|01)(?![0-9a-f])"  # a payer's signature, whole
     r"|\bPayment eyJ[A-Za-z0-9_-]{16,}"
 )
 _ERROR: Final = 400
@@ -83,8 +83,11 @@ class Watch:
         found = set[str]()
         secrets = self.secrets | self.lasting
         for shaped, texts in ((True, self.out), (False, captured)):
-            for where in {place for place, _ in texts}:
-                text = "\n".join(text for place, text in texts if place == where)
+            together = dict[str, dict[str, None]]()
+            for where, text in texts:
+                together.setdefault(where, {})[text] = None  # most of what comes out comes out again and again
+            for where, parts in together.items():
+                text = "\n".join(parts)
                 if any(secret in text for secret in secrets):
                     found.add(f"a secret's value is in {where}")
                 if shaped and SHAPES.search(text):
