@@ -48,6 +48,12 @@ not, so what is counted here and there is the same to the token. The long ones o
 """
 LONG_SHARE = 0.1
 CREDIT = Pico(10**15)
+EACH_TURN = 2
+"""Requests a client may begin per restart. As many as it likes would be more on a machine that is slow, whose restarts
+they slow down further, until a channel has had its 256 requests in five minutes and gets 429.
+"""
+DRAINS_S = (0, 0, 0, 0, 0, 0, 0, 1)
+"""How long nodes wait for what runs: seldom at all, as the long answers use all of it."""
 PATIENCE_S = 300
 BROKEN = (aiohttp.ClientError, OSError)
 
@@ -215,7 +221,7 @@ class Fleet:
 
     async def begin(self, name: str) -> None:
         """Start a node, some with no patience at all for what runs when they are stopped."""
-        drain_s = self.net.random.choice((0, 0, 0, 1))
+        drain_s = self.net.random.choice(DRAINS_S)
         node = await self.nodes.spawn(replace(self.net.spec, name=name, drain_s=drain_s))
         begun = asyncio.get_running_loop().time()
         self.door.place(name, await node.go())
@@ -236,19 +242,28 @@ async def roll(fleet: Fleet, books: Books, keys: list[Keyholder], restarts: int)
     payers = [Payer(net.client(net.keys[index]), Seen()) for index in range(PAYERS)]
     url = f"{fleet.door.url}/v1/chat/completions"
 
-    async def use(who: Payer | Keyholder) -> None:
+    turns = [asyncio.Semaphore(EACH_TURN) for _ in range(PAYERS + KEYS)]
+
+    async def use(who: Payer | Keyholder, may: asyncio.Semaphore) -> None:
         while not over.is_set():
             await who.stream(url, LONG if rng.random() < LONG_SHARE else rng.choice(SHORT))
+            await may.acquire()
+
+    def may_go_on() -> None:
+        for may in turns * EACH_TURN:
+            may.release()
 
     async with asyncio.TaskGroup() as clients:
-        for who in (*payers, *keys):
-            clients.create_task(use(who))
+        for who, may in zip((*payers, *keys), turns, strict=True):
+            clients.create_task(use(who, may))
         for turn in range(restarts):
+            may_go_on()
             name = f"node-{turn % NODES}"
             await fleet.end(name)
             await books.assert_nobody_dead_holds(keys)
             await fleet.begin(name)
         over.set()
+        may_go_on()
         for name in list(fleet.running):
             await fleet.end(name)
     for payer in payers:
