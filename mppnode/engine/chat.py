@@ -241,7 +241,7 @@ class ChatEngine:
                 _cap(listing),
             )
             outcome = await failover.attempt(listing, endpoint, call, watch, left=len(waiting) + 1)
-            run.attempts = len(failover.trail) + 1
+            run.attempts = len(failover.trail) + isinstance(outcome, Answer)
             if isinstance(outcome, UpstreamFault):
                 self.reporter.tried(listing.provider, outcome.kind)
             if isinstance(outcome, Answer):

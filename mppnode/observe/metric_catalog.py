@@ -126,7 +126,7 @@ MODEL_REQUESTS: Final = _counter(
 )
 REQUEST_SECONDS: Final = _histogram("request_seconds", "Whole time of a paid request.", REQUEST_BOUNDS, labels.RAIL)
 FIRST_TOKEN_SECONDS: Final = _histogram(
-    "first_token_seconds", "Time from a request to its first token.", FIRST_TOKEN_BOUNDS, labels.PROVIDER
+    "first_token_seconds", "Time from a streamed request to its first token.", FIRST_TOKEN_BOUNDS, labels.PROVIDER
 )
 TOKEN_GAP_SECONDS: Final = _histogram(
     "token_gap_seconds", "Mean time between two tokens of a stream, once per stream.", GAP_BOUNDS, labels.PROVIDER
@@ -155,7 +155,7 @@ UPSTREAM_CANCELS: Final = _counter("upstream_cancels", "Provider calls this node
 
 DECISIONS: Final = _counter("routing_decisions", "Routes decided.", labels.STRATEGY, labels.ASKED)
 EXCLUSIONS: Final = _counter("routing_exclusions", "Providers left out of a decision, by reason.", labels.EXCLUDED)
-REQUEST_ATTEMPTS: Final = _histogram("request_attempts", "Providers tried for one request.", ATTEMPT_BOUNDS)
+REQUEST_ATTEMPTS: Final = _histogram("request_attempts", "Providers tried for one request that one of them answered.", ATTEMPT_BOUNDS)
 PROVIDER_ATTEMPTS: Final = _counter("provider_attempts", "Provider calls.", labels.PROVIDER, labels.ATTEMPT_RESULT)
 PROVIDER_STANDING: Final = _highest(
     "provider_standing", "Worst of 0 steady, 1 shaky, 2 on probation, 3 throttled, 4 avoided.", labels.PROVIDER

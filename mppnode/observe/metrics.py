@@ -179,7 +179,8 @@ class Metrics(Collector):
 
         ``provider`` served it, or is None. ``source`` tells whose token count the bill is made of, if there is a bill.
         ``first_s`` is from the request to the first token, ``gap_s`` the mean time between two tokens after it, both
-        None when there were none. ``stalled_s`` was spent waiting for a client that did not read.
+        None when there were none; only of a stream they are counted, as an answer in one piece takes its whole time.
+        ``stalled_s`` was spent waiting for a client that did not read.
         """
         self._requests_active.move(-1, rail)
         if stream:
@@ -187,7 +188,6 @@ class Metrics(Collector):
         self._requests.add(1, rail, ending)
         self._model_requests.add(1, model, _OUTCOMES.get(ending, Outcome.ABANDONED))
         self._request_seconds.see(total_s, rail)
-        self._attempts.see(attempts)
         self._charged.add(cost_pico, rail)
         self._model_charged.add(cost_pico, model)
         tokens = self._tokens
@@ -203,7 +203,8 @@ class Metrics(Collector):
             self._stall_seconds.add(stalled_s)
         if provider is not None:
             self._provider_charged.add(cost_pico, provider)
-            if first_s is not None:
+            self._attempts.see(attempts)
+            if stream and first_s is not None:
                 self._first_token.see(first_s, provider)
             if gap_s is not None:
                 self._token_gap.see(gap_s, provider)

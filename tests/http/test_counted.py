@@ -114,6 +114,8 @@ async def test_nobody_answering_is_failed_and_names_the_provider(world: World) -
     assert seen("model_requests_total", model="dev/error-500", outcome="failed") == 1
     assert seen("provider_attempts_total", provider="dev", result="status") == 1
     assert seen("requests_refused_total", reason="all_providers_failed") == 1
+    (line,) = [line for line in world.log.lines if line["event"] == "request.ended"]
+    assert line["attempts"] == 1
     assert seen("charged_usd_total", rail="session") == 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+import string
 from typing import Any
 
 import aiohttp
@@ -12,6 +13,7 @@ import pytest
 
 from channels.credit import Settle
 from channels.faults import ChannelFault, Reason
+from mppnode.gauging import page_of
 from mppnode.ledger.credits import Credits
 from tests.http.test_counted import PICO, Seen
 from tests.support.customers import Customer, new_customer
@@ -130,3 +132,43 @@ async def test_a_bill_that_cannot_be_written_is_not_counted(world: World, monkey
         assert (await customer.send(chat("dev/story", max_tokens=40, stream=False))).status == 503
         await world.settled()
     await assert_charged(world, customer, [])
+
+
+async def test_a_flood_of_names_keys_and_texts_makes_no_series_and_no_page_grow(world: World) -> None:
+    """Thousands of random models, keys, credentials and bodies over HTTP: the same series as before, nothing of them."""
+    dice = random.Random(5)
+
+    def noise() -> str:
+        return "FLOOD" + "".join(dice.choices(string.ascii_letters + string.digits + "-_./", k=dice.randrange(1, 50)))
+
+    async def one(number: int) -> None:
+        match number % 5:
+            case 0:
+                await world.send(chat(noise(), text=noise()))
+            case 1:
+                await world.send(chat("dev/story"), f"Bearer {noise()}")
+            case 2:
+                await world.send(chat("dev/story"), f"Payment {noise()}")
+            case 3:
+                await world.send(noise().encode(), path="/v1/chat/completions")
+            case _:
+                await world.send(chat("dev/story"), path=f"/{noise()}", headers={"Idempotency-Key": noise()})
+
+    for number in range(5):
+        await one(number)  # each kind of refusal once
+    node = world.net.node
+    assert node.gauges is not None
+    assert node.treasury is not None
+    for look in (node.gauges.look_here, node.gauges.look_at_ledger, node.gauges.look_at_chain, node.treasury.treasurer._review):
+        await look()  # or a gauge would be shown for the first time meanwhile
+    before = Seen(world)
+    refused = sum(value for (name, _), value in before.samples.items() if name == "mppnode_requests_refused_total")
+    for number in range(0, 2_000, 50):
+        await asyncio.gather(*(one(each) for each in range(number, number + 50)))
+    after = Seen(world)
+    assert after.samples.keys() == before.samples.keys()
+    body, _ = page_of(world.net.node._registry)("text/plain")
+    assert b"FLOOD" not in body
+    assert len(body) < 200_000
+    counted = sum(value for (name, _), value in after.samples.items() if name == "mppnode_requests_refused_total")
+    assert counted - refused == 2_000

@@ -47,6 +47,17 @@ def test_a_request_is_counted_once_wherever_it_belongs():
     assert value("mppnode_request_attempts_sum") == 2
 
 
+def test_what_nobody_answered_and_what_came_in_one_piece_say_nothing_of_speed():
+    """A failed request has no first try that served, and the first token of a buffered answer is its last."""
+    registry, metrics = node()
+    metrics.request_began("credit", stream=False)
+    metrics.request_ended("credit", Ending.COMPLETE, stream=False, model=MODEL, provider=PROVIDER, first_s=40.0, attempts=1)
+    metrics.request_began("credit", stream=True)
+    metrics.request_ended("credit", "failed", stream=True, model=MODEL, provider=None, attempts=1)
+    assert registry.get_sample_value("mppnode_first_token_seconds_count", {"provider": PROVIDER}) == 0
+    assert registry.get_sample_value("mppnode_request_attempts_count") == 1
+
+
 @pytest.mark.parametrize(
     ("ending", "outcome"),
     [

@@ -56,8 +56,8 @@ def child():
                 for _ in range(int(rest[0])):
                     metrics.channel_opened()
             case "serve":
-                metrics.request_began("session", stream=False)
-                metrics.request_ended("session", "complete", stream=False, model="m", provider="p", cost_pico=int(rest[0]), first_s=0.1)
+                metrics.request_began("session", stream=True)
+                metrics.request_ended("session", "complete", stream=True, model="m", provider="p", cost_pico=int(rest[0]), first_s=0.1)
             case "pause":
                 metrics.pause_began()
             case "flush":
