@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -232,13 +233,20 @@ def _doctor(options: argparse.Namespace) -> int:
     return doctor(options)
 
 
+def _keep_signals() -> None:
+    """Let signals wait until ``Orders`` listens: importing takes a second, in which a reload would end the process."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGHUP, signal.SIGTERM, signal.SIGINT))
+
+
 def _serve(options: argparse.Namespace) -> int:
+    _keep_signals()
     from mppnode.cli.serve import serve
 
     return serve(options.config, workers=options.workers, worker=options.worker)
 
 
 def _watchtower(options: argparse.Namespace) -> int:
+    _keep_signals()
     from mppnode.cli.serve import watchtower
 
     return watchtower(options.config)

@@ -30,6 +30,8 @@ class Orders:
         for number in _STOPPING:
             self._loop.add_signal_handler(number, self._on_stop, number)
         self._loop.add_signal_handler(signal.SIGHUP, self.reload.set)
+        # Those that came earlier come now: see mppnode.cli.main. A child must not inherit that they wait.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGHUP, *_STOPPING))
 
     def _on_stop(self, number: signal.Signals) -> None:
         # By kind: a terminal sends SIGINT to a whole group, and a supervisor adds its SIGTERM to that.

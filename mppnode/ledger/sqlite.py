@@ -122,7 +122,8 @@ class SqliteStore:
         self._thread = threading.Thread(target=self._run, args=(ready,), name="ledger-writer", daemon=True)
         self._thread.start()
         try:
-            await ready
+            await asyncio.wait({ready})  # a start that is cancelled leaves it to the thread, which sets it all the same
+            ready.result()
         except BaseException:
             await self.stop()
             raise

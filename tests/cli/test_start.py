@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -48,6 +50,23 @@ async def test_a_stop_ends_a_start_that_waits(shop: Desk, command: str) -> None:
         assert (process.returncode, said.decode()) == (0, "")
     (shop.folder / "waits.toml").write_text(text)
     assert (await shop.run("reconcile", config="waits.toml")).status == 0
+
+
+@pytest.mark.parametrize("command", ["serve", "watchtower"])
+@pytest.mark.parametrize("numbers", [(signal.SIGHUP, signal.SIGTERM), (signal.SIGINT,)], ids=["HUP TERM", "INT"])
+async def test_signals_that_come_early_wait(shop: Desk, command: str, numbers: tuple[signal.Signals, ...]) -> None:
+    """A reload right after the start does not end the process, and a stop does so in order, before anybody listens."""
+    path = shop.folder / "early.toml"
+    os.mkfifo(path)
+    process = await shop.start(command, "--config", str(path))
+    async with asyncio.timeout(20):
+        file = await asyncio.to_thread(path.open, "w")  # it is there, and reads its configuration
+        for number in numbers:
+            process.send_signal(number)
+        file.write(configuration(shop.net, ledger='"early.sqlite"'))
+        file.close()
+        _, said = await process.communicate()
+    assert (process.returncode, said.decode()) == (0, "")
 
 
 @pytest.mark.parametrize(
