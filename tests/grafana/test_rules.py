@@ -136,7 +136,13 @@ CASES = [
         5,
     ),
     Case("MppnodeFeePayerLow", {f"{M}fee_payer_balance_usd": steady(0.99)}, {f"{M}fee_payer_balance_usd": steady(1)}, 2),
-    Case("MppnodeChainBlind", {f"{M}chain_head_age_seconds": steady(61)}, {f"{M}chain_head_age_seconds": steady(60)}, 1),
+    Case(
+        "MppnodeChainBlind",
+        {f"{M}chain_head_age_seconds": steady(61), f'{M}chain_head_age_seconds{{replica="b"}}': steady(1)},
+        {f"{M}chain_head_age_seconds": steady(60)},
+        1,
+        'instance="a:8404"',
+    ),
     Case(
         "MppnodeTransactionReverted",
         {f'{M}transactions_total{{kind="settle",result="reverted"}}': "0 0 1xN"},
@@ -223,7 +229,10 @@ CASES = [
     ),
     Case(
         "MppnodePricesOld",
-        {f'{M}price_timestamp_seconds{{provider="p"}}': since(4 * 24 * 3600 - 30)},
+        {
+            f'{M}price_timestamp_seconds{{provider="p"}}': since(4 * 24 * 3600 - 30),
+            f'{M}price_timestamp_seconds{{provider="p",replica="b"}}': since(60),
+        },
         {f'{M}price_timestamp_seconds{{provider="p"}}': since(3 * 24 * 3600)},
         61,
         'provider="p"',
