@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from channels.units import Pico
 from mppnode.cli.devnet import DevnetOptions
 from mppnode.config.accounts import AccountsConfig, JwtConfig
 from mppnode.config.billing import BillingConfig
 from mppnode.config.load import ConfigError
-from mppnode.config.schema import Config
+from mppnode.config.ops import MetricsConfig
+from mppnode.config.schema import Config, LimitsConfig
 from mppnode.config.secrets import Secret
+from mppnode.http.ops import Phase
 from mppnode.reload import Reloader, taken_up
 from tests.billing.kit import SECRET
 from tests.http.key_reasons import ACCOUNTS, SHARED, token
 from tests.support.customers import new_customer
-from tests.support.http_client import LogLines, World, chat, new_world
+from tests.support.http_client import UNIT, LogLines, World, chat, new_world
 from tests.support.stripe_peer import KEY, StripePeer, running_peer
 
 ANOTHER = b"another signing secret of 38 bytes, ok"
@@ -149,3 +153,50 @@ async def test_no_failure_ends_the_ability_to_reload(world: World) -> None:
         ["node.port: is odd"], ["not taken up: RecursionError"], ["not taken up: KeyError"],
     ]  # fmt: skip
     assert len(runs.taken) == 1
+
+
+def priced(config: Config, factor: int) -> Config:
+    models = tuple(replace(model, output=Pico(model.output * factor)) for model in config.models)
+    return replace(config, models=models)
+
+
+async def test_a_price_that_rises_between_quote_and_payment_is_not_charged(world: World) -> None:
+    """A payment for the lower quote is refused and free, and its challenge anew; one for a higher quote is served."""
+    config, channel, body = world.net.config(), await world.opened(), chat(max_tokens=5)
+    assert (await world.buy(body, world.payer.voucher(channel, UNIT))).status == 200
+    await world.settled()
+    once = (await world.account(channel)).owed_pico
+    early = await world.pay(world.payer.voucher(channel, UNIT), body)
+    await world.net.node.reload(priced(config, 2))
+    refused = await world.send(body, early)
+    assert (refused.status, refused.code) == (402, "invalid_challenge")
+    assert (await world.account(channel)).owed_pico == once > 0
+    dear = await world.pay(world.payer.voucher(channel, UNIT), body)
+    await world.net.node.reload(config)
+    assert (await world.send(body, dear)).status == 200
+    await world.settled()
+    assert (await world.account(channel)).owed_pico == 2 * once
+
+
+async def test_what_a_reload_brings_has_series_of_its_own_and_a_drain_is_still_measured() -> None:
+    """New names are counted by name and not as ``other``; the page is there until the last stream has ended."""
+    options = DevnetOptions(tokens_per_second=0.0, metrics=MetricsConfig(port=0), limits=LimitsConfig(drain_delay_s=300))
+    async with new_world(options) as world:
+        config, node = world.net.config(), world.net.node
+        other = replace(config.providers[0], name="newcomer")
+        models = tuple(replace(model, id="new/model", provider="newcomer") for model in config.models[:1])
+        await node.reload(replace(config, providers=(*config.providers, other), models=(*config.models, *models)))
+        assert node.gauges is not None
+        await node.gauges.look_here()
+        stopping = asyncio.ensure_future(node.stop())
+        await world.eventually(lambda: node.vitals is not None and node.vitals.phase is Phase.DRAINING)
+        async with world.http.get(f"{node.ops_url}/metrics") as answer:
+            page = await answer.text()
+        node.hurry()
+        await stopping
+        world.net.node = world.net.new_node()
+        await world.net.node.start()
+        world.net.node.hurry()
+        assert 'mppnode_model_providers_usable{model="new/model"} 1' in page
+        assert re.search(r'mppnode_\w+_total\{[^}]*provider="newcomer"', page)
+        assert 'mppnode_model_providers_usable{model="other"}' not in page
