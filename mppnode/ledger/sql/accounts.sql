@@ -17,6 +17,7 @@ CREATE TABLE api_key (
   created_ms BIGINT NOT NULL
 );
 CREATE INDEX api_key_account ON api_key (account, id);
+CREATE INDEX api_key_usable ON api_key (id) WHERE ended = 0;
 
 -- One row per account, written by channels/credit.py alone.
 CREATE TABLE credit (
@@ -37,6 +38,7 @@ CREATE TABLE credit (
   CHECK (owed >= 0 AND held >= 0)
 );
 CREATE INDEX credit_live ON credit (id) WHERE live = 1;
+CREATE INDEX credit_postpaid ON credit (id) WHERE overdraft > 0;
 
 -- Append only. Folding an account's entries in order rebuilds its row.
 CREATE TABLE credit_journal (
