@@ -155,7 +155,8 @@ async def test_what_needs_a_restart_is_named_and_not_taken(shop: Desk) -> None:
         for _ in range(2):
             assert (await hang_up(served))["tables"] == []
             await served.until("config.needs_restart", served.count("config.reloaded"))
-        assert served.lines[-1]["keys"] == ["node.realm", "limits.stall_s", "limits.drain_s"]
+        told = [line["keys"] for line in served.lines if line["event"] == "config.needs_restart"]
+        assert told[-1] == ["node.realm", "limits.stall_s", "limits.drain_s"]
 
 
 async def test_workers_reload_with_their_supervisor(shop: Desk) -> None:
@@ -212,3 +213,41 @@ async def test_a_watchtower_survives_a_hang_up(shop: Desk) -> None:
         async with shop.http.get(url + "/readyz") as answer:
             assert (answer.status, (await answer.json())["status"]) == (200, "ready")
     assert tower.process.returncode == 0
+
+
+async def test_a_secret_that_cannot_be_read_changes_nothing(shop: Desk) -> None:
+    """The key is named and not the file's content, what was in force stays, prices too; and it can be put right."""
+    path = shop.folder / "reload.toml"
+    async with service(shop, "serve", "reload.toml") as served:
+        url = await ready(served)
+        old, before = await challenge(shop, url)
+        path.write_text(text_of(shop).replace('output_usd_per_million = "10"', 'output_usd_per_million = "20"'))
+        (shop.folder / "secret").write_bytes(b"\xff\xfe")
+        (shop.folder / "token").unlink()
+        line = await hang_up(served, "config.refused")
+        assert line["problems"] == [
+            "node.challenge_secrets: its file cannot be read",
+            "admin.token: its file cannot be read",
+        ]
+        assert (await challenge(shop, url))[1] == before
+        assert await verdict(shop, url, old) != "invalid_challenge"
+        (shop.folder / "secret").write_text(SECRET)
+        (shop.folder / "token").write_text(ADMIN)
+        await hang_up(served)
+        assert (await challenge(shop, url))[1] == 2 * before
+
+
+async def test_a_worker_that_cannot_reload_leaves_the_others_alone(shop: Desk) -> None:
+    """Each takes the file up for itself and says so with its number; one that was refused follows at the next signal."""
+    path = shop.folder / "reload.toml"
+    async with service(shop, "serve", "reload.toml", "--workers", "2") as served:
+        await served.until("node.started", 2)
+        path.write_text("[node]\n")
+        served.process.send_signal(signal.SIGHUP)
+        await served.until("config.refused", 2)
+        assert {line["worker"] for line in served.lines if line["event"] == "config.refused"} == {0, 1}
+        path.write_text(text_of(shop).replace('output_usd_per_million = "10"', 'output_usd_per_million = "20"'))
+        served.process.send_signal(signal.SIGHUP)
+        await served.until("config.reloaded", 2)
+        assert served.count("worker.died") == 0
+    assert served.process.returncode == 0
