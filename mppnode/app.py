@@ -43,6 +43,7 @@ from mppnode.ledger.life import Life, Lost, Sweeper
 from mppnode.ledger.spool import Spool
 from mppnode.observe.log_sampling import Refusals
 from mppnode.observe.logs import Level
+from mppnode.observe.traces import Tracer
 from mppnode.parts import Treasury, World, account_policy, build_treasury, escrows_of, open_chain, open_ledger
 from mppnode.paying import Paying, build_paying
 from mppnode.providers.transport import Transport, TransportLimits
@@ -155,7 +156,7 @@ class Node:
         self._exit.push_async_callback(customers.idempotence.catch_up)  # before our claims are a dead node's
         recovered += await customers.sweeper.sweep()
         self.paying = paying = await build_paying(config, world, customers, ledger=ledger, life=life, exits=self._exit)
-        engine = self._build_engine(rail, customers, paying)
+        engine = self._build_engine(rail, customers, paying, self._tracer())
         self._engine = engine
         self.vitals = vitals = self._vitals(ledger, life, money)
         self._look_at(ledger, chain, engine.market, live, customers)
@@ -272,7 +273,22 @@ class Node:
             metrics=self.metrics,
         )
 
-    def _build_engine(self, rail: SessionRail, customers: Customers, paying: Paying) -> ChatEngine:
+    def _tracer(self) -> Tracer | None:
+        """Raises ``ValueError`` when traces are wanted and cannot be had."""
+        traces = self._config.traces
+        if traces is None:
+            return None
+        try:
+            from mppnode.gateways.otel import OtelTraces
+        except ModuleNotFoundError:
+            raise ValueError("[traces] needs the extra: pip install 'mppnode[otel]'") from None
+        way = OtelTraces(traces, node=self._config.node.name, log=self._log)
+        self._exit.push_async_callback(way.close)
+        return Tracer(way.take, sample_permille=traces.sample_permille, entropy=self._world.entropy)
+
+    def _build_engine(
+        self, rail: SessionRail, customers: Customers, paying: Paying, tracer: Tracer | None
+    ) -> ChatEngine:
         config, limits = self._config, self._config.limits
         transport = Transport(
             TransportLimits(first_byte_s=limits.first_token_s, idle_s=limits.idle_s), public=public_hosts(config)
@@ -297,6 +313,7 @@ class Node:
             log=self._log,
             probe=self._world.probe,
             metrics=self.metrics,
+            tracer=tracer,
         )
         self._running = Running(
             sales,

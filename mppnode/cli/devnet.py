@@ -40,6 +40,7 @@ from mppnode.config.schema import (
     TreasuryConfig,
 )
 from mppnode.config.secrets import Secret
+from mppnode.config.traces import TracesConfig
 from mppnode.kernel.clock import Clock, SystemClock
 from mppnode.observe.logs import Log, quiet
 from mppnode.parts import World
@@ -106,6 +107,7 @@ class DevnetOptions:
     billing: BillingConfig | None = None
     admin: AdminConfig | None = None
     metrics: MetricsConfig | None = None
+    traces: TracesConfig | None = None
     directory: Path | None = None
     payee_key: bytes | None = None
 
@@ -202,6 +204,7 @@ class Devnet:
             billing=options.billing,
             admin=options.admin,
             metrics=options.metrics,
+            traces=options.traces,
         )
 
     def _on_fatal(self, error: BaseException) -> None:

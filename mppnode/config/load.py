@@ -30,6 +30,7 @@ from mppnode.config.schema import (
 )
 from mppnode.config.secrets import Secret
 from mppnode.config.section import Section, flag_of
+from mppnode.config.traces import read_traces
 
 _REALM = re.compile(r"[A-Za-z0-9.-]{1,253}(?::[0-9]{1,5})?", re.ASCII)
 _URL = re.compile(r"https?://[A-Za-z0-9.\[\]:_-]+(?:/[^\s?#]*)?", re.ASCII)
@@ -76,6 +77,7 @@ def parse_config(tree: dict[str, Any], environ: Mapping[str, str], *, base: Path
     billing = read_billing(root.section("billing")) if "billing" in tree else None
     admin = read_admin(root.section("admin")) if "admin" in tree else None
     metrics = read_metrics(root.section("metrics")) if "metrics" in tree else None
+    traces = read_traces(root.section("traces")) if "traces" in tree else None
     root.done()
     problems += _contradictions(providers, models)
     second = treasury.second_rpc_url
@@ -100,6 +102,7 @@ def parse_config(tree: dict[str, Any], environ: Mapping[str, str], *, base: Path
         billing,
         admin,
         metrics,
+        traces,
     )
 
 

@@ -14,6 +14,7 @@ from mppnode.config.accounts import NO_ACCOUNTS_SECTION, AccountsConfig, AdminCo
 from mppnode.config.billing import BillingConfig
 from mppnode.config.ops import MetricsConfig
 from mppnode.config.secrets import Secret
+from mppnode.config.traces import TracesConfig
 from mppnode.kernel.listing import Ability, ProviderKind
 from mppnode.kernel.strategy import PriceCeiling, Strategy
 
@@ -230,3 +231,5 @@ class Config:
     admin: AdminConfig | None = None
     metrics: MetricsConfig | None = None
     """None when there is no listener for operators."""
+    traces: TracesConfig | None = None
+    """None when nobody is sent any."""

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.faults import Attempt, NodeFault, NodeReason
 from mppnode.kernel.listing import Listing
+from mppnode.observe.traces import TRACEPARENT
 from mppnode.providers.base import (
     Adapter,
     Call,
@@ -179,6 +180,8 @@ class Failover:
         except NodeFault as refusal:
             watch.dropped()
             return refusal
+        if call.traceparent is not None:
+            request = replace(request, headers=(*request.headers, (TRACEPARENT, call.traceparent)))
         begun = self._clock.monotonic()
         remaining = max(self._deadline - begun, 0.001)
         # A buffered answer is silent until it is complete: a share would cut off a slow provider, not a dead one.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Final, Protocol
 
@@ -18,7 +18,7 @@ from mppnode.engine.report import Reporter
 from mppnode.engine.stream import Ending, StreamLimits
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.faults import NodeFault, NodeReason
-from mppnode.kernel.listing import Listing
+from mppnode.kernel.listing import Listing, ProviderKind
 from mppnode.kernel.probe import Probe, unwatched
 from mppnode.kernel.rates import Rates, price
 from mppnode.kernel.requests import ChatRequest
@@ -28,6 +28,7 @@ from mppnode.metering.calibration import Calibration
 from mppnode.metering.tally import Tally, TokenSource, prompt_tokens_charged, prompt_tokens_held
 from mppnode.observe.logs import Level, Log
 from mppnode.observe.metrics import Metrics
+from mppnode.observe.traces import Trace, Tracer
 from mppnode.providers.base import Call, Lookup, PriceCap, Transport, UpstreamFault
 from mppnode.rails.base import Need, Offer, Purchase, Tab
 
@@ -60,11 +61,12 @@ class ChatEngine:
         attempts_max: int = 3,
         probe: Probe = unwatched,
         metrics: Metrics | None = None,
+        tracer: Tracer | None = None,
     ) -> None:
         """``attempts_max`` is how many providers a request may wait for in vain before it has failed."""
         self.probe = probe
         self.metrics = metrics if metrics is not None else Metrics.unseen(clock)
-        self.reporter = Reporter(log, self.metrics, clock)
+        self.reporter = Reporter(log, self.metrics, clock, tracer)
         self._attempts_max = attempts_max
         self._market = market
         self._transport = transport
@@ -144,18 +146,27 @@ class ChatEngine:
         return route
 
     async def start(
-        self, purchase: Purchase, chat: ChatRequest, route: Route, *, request_id: str, record: Record | None = None
+        self,
+        purchase: Purchase,
+        chat: ChatRequest,
+        route: Route,
+        *,
+        request_id: str,
+        record: Record | None = None,
+        traceparent: Sequence[str] = (),
     ) -> PaidChat:
         """Reserve for a request and find a provider that has begun to serve it; nothing has been charged on return.
 
-        ``record`` keeps what is answered; it is ended or dropped, whatever happens.
+        ``record`` keeps what is answered; it is ended or dropped, whatever happens. ``traceparent`` are the request's
+        headers of that name.
 
         Raises:
             ChannelFault: the reservation was refused.
             NodeFault: it was refused, or nobody served it; the reservation is released.
         """
         try:
-            run = await self._admit(purchase, chat, route, request_id=request_id, record=record)
+            trace = self.reporter.trace(traceparent)
+            run = await self._admit(purchase, chat, route, request_id=request_id, record=record, trace=trace)
         except BaseException:
             if record is not None:
                 self._owner.spawn(record.drop(), name="drop record")
@@ -172,7 +183,14 @@ class ChatEngine:
         return run
 
     async def _admit(
-        self, purchase: Purchase, chat: ChatRequest, route: Route, *, request_id: str, record: Record | None = None
+        self,
+        purchase: Purchase,
+        chat: ChatRequest,
+        route: Route,
+        *,
+        request_id: str,
+        record: Record | None = None,
+        trace: Trace | None = None,
     ) -> PaidChat:
         """Reserve for a request; a client that leaves meanwhile leaves no reservation behind.
 
@@ -188,7 +206,7 @@ class ChatEngine:
                 self.reporter.refused(purchase.rail, fault)
                 return fault
             able = _afforded(chat, need, tab)
-            run = PaidChat(self, purchase, tab, able, route, request_id=request_id, record=record)
+            run = PaidChat(self, purchase, tab, able, route, request_id=request_id, record=record, trace=trace)
             self._runs.add(run)
             self.reporter.began(run)
             purchase.on_supersede(tab, run.supersede)
@@ -239,11 +257,14 @@ class ChatEngine:
                 endpoint.api_key(),
                 _tokens_of(chat, listing),
                 _cap(listing),
+                traceparent=_asking(run.trace, listing),
             )
             outcome = await failover.attempt(listing, endpoint, call, watch, left=len(waiting) + 1)
             run.attempts = len(failover.trail) + isinstance(outcome, Answer)
             if isinstance(outcome, UpstreamFault):
                 self.reporter.tried(listing.provider, outcome.kind)
+                if run.trace is not None:
+                    run.trace.failing(outcome.kind, outcome.status, self._clock.monotonic())
             if isinstance(outcome, Answer):
                 if not listing.rates.within(route.bound):
                     self.metrics.ceiling_breached()
@@ -252,9 +273,13 @@ class ChatEngine:
                     token_pico=need.token_pico, reserve_pico=need.reserve_pico, cap_pico=need.cap_pico
                 )
                 self._market.served(route, listing)
+                if run.trace is not None and not run.trace.sampled:
+                    run.trace = None  # it was for the headers of providers, and a stream may last for hours
                 return outcome
             if isinstance(outcome, NodeFault):
                 refused.append(outcome)
+                if run.trace is not None:
+                    run.trace.provider = ""  # it was not asked after all
             elif outcome.status in CALLERS_FAULT:
                 waiting = [other for other in waiting if other.context > listing.context]
         # The caller's request is at fault only when nobody could be asked, now or once they work again.
@@ -319,13 +344,14 @@ class ChatEngine:
 
     async def ended(self, run: PaidChat, total: Pico, ending: Ending) -> None:
         """Settle a request's bill and forget it."""
+        settling = self._clock.monotonic()
         try:
             await run.tab.settle(total, run.facts(ending))
         finally:
             self._runs.discard(run)
             run.purchase.done(run.tab)
             # Not the total: the ledger may be away, or somebody else may have closed this bill at what was recorded.
-            self.reporter.ended(run, run.tab.recorded, ending)
+            self.reporter.ended(run, run.tab.recorded, ending, settling)
 
     @property
     def stopping(self) -> bool:
@@ -389,6 +415,17 @@ def _afforded(chat: ChatRequest, need: Need, tab: Tab) -> ChatRequest:
         return chat
     tokens = (tab.granted - need.prompt_pico) // (need.token_pico * chat.choices)
     return replace(chat, max_tokens=max(tokens, 1))  # not its caller's limit: a provider may still shorten it
+
+
+def _asking(trace: Trace | None, listing: Listing) -> str | None:
+    """Note who is asked next; returns the header that makes their trace a part of this one, if they are ours.
+
+    Others learn nothing about who asked what when: the ids would join what a payer does at several of them.
+    """
+    if trace is None:
+        return None
+    trace.provider = listing.provider
+    return trace.header() if listing.kind is ProviderKind.NATIVE else None
 
 
 def _tokens_of(chat: ChatRequest, listing: Listing) -> int:

@@ -25,7 +25,8 @@ from mppnode.kernel.tasks import end_of
 from mppnode.kernel.usage import Usage
 from mppnode.kernel.wishes import Wishes
 from mppnode.metering.tally import Tally, TokenSource
-from mppnode.providers.base import Completion, UpstreamResponse
+from mppnode.observe.traces import Trace
+from mppnode.providers.base import Completion, UpstreamFault, UpstreamResponse
 from mppnode.rails.base import Facts, Purchase, Tab
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class PaidChat:
         "strategy",
         "tab",
         "tally",
+        "trace",
         "upstream",
     )
 
@@ -83,8 +85,11 @@ class PaidChat:
         *,
         request_id: str,
         record: Record | None,
+        trace: Trace | None = None,
     ) -> None:
         self.request_id = request_id
+        self.trace = trace
+        """None when nothing is recorded of this request."""
         self.purchase = purchase
         self.tab = tab
         self.begun = engine.clock.monotonic()
@@ -131,6 +136,11 @@ class PaidChat:
     def paused(self) -> bool:
         """Whether its stream ended while it waited for its payer."""
         return self._stream is not None and self._stream.paused_at_end
+
+    @property
+    def broke(self) -> UpstreamFault | None:
+        """How its provider failed in the middle of the stream, if it did."""
+        return None if self._stream is None else self._stream.error
 
     def facts(self, ending: Ending) -> Facts:
         """What became of this request."""

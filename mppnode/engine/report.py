@@ -1,19 +1,21 @@
-"""What is told about requests, in one place: the log line of each, and what the metrics count of them."""
+"""What is told about requests, in one place: the log line of each, what the metrics count of them, and their traces."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Final
 
 from channels.faults import ChannelFault
 from channels.units import Pico
 from mppnode.engine.stream import Ending
+from mppnode.engine.traced import spans_of
 from mppnode.kernel.clock import Clock
 from mppnode.kernel.faults import NodeFault
 from mppnode.observe.logs import Level, Log
 from mppnode.observe.metric_labels import Asked, DisconnectPhase
 from mppnode.observe.metric_labels import Ending as Label
 from mppnode.observe.metrics import Metrics
+from mppnode.observe.traces import Trace, Tracer
 
 if TYPE_CHECKING:
     from mppnode.engine.market import Route
@@ -25,10 +27,15 @@ _OK: Final = "ok"
 class Reporter:
     """Tells operators what became of requests; nothing here decides anything, and nothing is told per token."""
 
-    def __init__(self, log: Log, metrics: Metrics, clock: Clock) -> None:
+    def __init__(self, log: Log, metrics: Metrics, clock: Clock, tracer: Tracer | None = None) -> None:
         self._log = log
+        self._tracer = tracer
         self._metrics = metrics
         self._clock = clock
+
+    def trace(self, traceparent: Sequence[str]) -> Trace | None:
+        """What a request that begins with these headers keeps of its trace; None when there are no traces."""
+        return None if self._tracer is None else self._tracer.begin(traceparent, self._clock.monotonic())
 
     def routed(self, route: Route) -> None:
         """A route was decided for a request that is to be paid."""
@@ -64,9 +71,24 @@ class Reporter:
         """A client had everything but its receipt when it went away."""
         self._metrics.disconnected(DisconnectPhase.AFTER_OUTPUT.value)
 
-    def ended(self, run: PaidChat, total: Pico, ending: Ending) -> None:
-        """A request has ended, with this bill."""
+    def ended(self, run: PaidChat, total: Pico, ending: Ending, settling: float) -> None:
+        """A request has ended, with this bill, which was given to the ledger at ``settling`` (monotonic)."""
         self._count(run, total, ending)
+        self._tell(run, total, ending)
+        if self._tracer is not None and run.trace is not None and run.trace.sampled:
+            self._trace(run, run.trace, total, ending, settling)
+
+    def _trace(self, run: PaidChat, trace: Trace, total: Pico, ending: Ending, settling: float) -> None:
+        assert self._tracer is not None
+        word = _ending(run, ending)
+        try:
+            self._tracer.take(
+                spans_of(run, trace, total=total, ending=ending, word=word, settling=settling, clock=self._clock)
+            )
+        except Exception:  # noqa: BLE001 - the bill is settled: a mistake here would cost its payer the receipt
+            self._log("traces.lost", level=Level.ERROR, why="mistake", status=None)
+
+    def _tell(self, run: PaidChat, total: Pico, ending: Ending) -> None:
         tally, answer = run.tally, run.answer
         self._log(
             "request.ended",

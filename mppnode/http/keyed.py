@@ -20,6 +20,7 @@ from mppnode.http.middleware import REFUSED, REQUEST_ID
 from mppnode.http.problem import STATUS, error_body, openai_error_body, retry_headers
 from mppnode.kernel.faults import NodeFault
 from mppnode.kernel.requests import ChatLimits, parse_chat
+from mppnode.observe.traces import TRACEPARENT
 from mppnode.rails.credit import CreditRail
 from mppnode.rails.credit_tab import CreditTab
 
@@ -113,7 +114,14 @@ class KeyedChat:
             await self._directory.admit(bearer, request.headers.getall(TRUST, []), fresh=True)
             return replayed(record, record.body, _OPEN)
         purchase = self._rail.purchase(admission)
-        run = await self._engine.start(purchase, chat, route, request_id=request[REQUEST_ID], record=record)
+        run = await self._engine.start(
+            purchase,
+            chat,
+            route,
+            request_id=request[REQUEST_ID],
+            record=record,
+            traceparent=request.headers.getall(TRACEPARENT, ()),
+        )
         if chat.stream:
             return run
         answered = disclosure.of_answer(run)

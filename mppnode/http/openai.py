@@ -32,6 +32,7 @@ from mppnode.kernel.clock import Clock
 from mppnode.kernel.faults import NodeFault
 from mppnode.kernel.requests import ChatLimits, ChatRequest, parse_chat
 from mppnode.ledger.books import Books
+from mppnode.observe.traces import TRACEPARENT
 from mppnode.rails.base import Offer
 from mppnode.rails.presented import Presented
 from mppnode.rails.session import Opened, SessionRail
@@ -130,7 +131,14 @@ class ChatSurface:
         if isinstance(record, Kept):
             return self._again(record, presented, opened.account)
         purchase = self._rail.purchase(presented, opened.account, offer.unit.amount)
-        run = await self._engine.start(purchase, chat, route, request_id=call.request_id, record=record)
+        run = await self._engine.start(
+            purchase,
+            chat,
+            route,
+            request_id=call.request_id,
+            record=record,
+            traceparent=call.request.headers.getall(TRACEPARENT, ()),
+        )
         if chat.stream:
             call.presented = call.opened = call.offer = None  # from here on no answer shows them
             call.asked = b""

@@ -67,6 +67,14 @@ _PROCESS: Final = (
     _info("config.reloaded", "tables", "A changed configuration is in force."),
     _error("config.refused", "problems", "A changed configuration is wrong; the old one stays in force."),
     _warning("config.needs_restart", "keys", "Changed keys that only a restart takes up."),
+    _mixed(
+        "traces.lost",
+        "warning or error",
+        "why status",
+        "Spans are being lost (told once, until some arrive again): `why` is `unreachable`, `timeout`, `status`,"
+        " `queue` (full), `encoding`, `stopped` or `mistake`.",
+    ),
+    _info("traces.resumed", "lost", "The receiver takes spans again; so many were lost."),
     _warning("log.dropped", "lines", "Lines that nobody read in time."),
     _info(
         "log.suppressed", "about total counts", "Lines left out of a storm of the same, counted by reason and route."

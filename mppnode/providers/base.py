@@ -178,6 +178,8 @@ class Call:
     """Of each choice; what the node reserved for, whatever the caller wrote."""
     cap: PriceCap | None = None
     """For providers that choose prices themselves and can be told a limit."""
+    traceparent: str | None = None
+    """What makes the provider's trace a part of the request's, as W3C Trace Context writes it; None is not sent."""
 
 
 @dataclass(frozen=True, slots=True)
