@@ -48,7 +48,7 @@ not, so what is counted here and there is the same to the token. The long ones o
 """
 LONG_SHARE = 0.1
 CREDIT = Pico(10**15)
-EACH_TURN = 2
+EACH_TURN = 1
 """Requests a client may begin per restart. As many as it likes would be more on a machine that is slow, whose restarts
 they slow down further, until a channel has had its 256 requests in five minutes and gets 429.
 """

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 
 import aiohttp
 
-POLL_S = 0.01
+POLL_S = 0.03
 
 
 class Balancer:
