@@ -155,7 +155,9 @@ UPSTREAM_CANCELS: Final = _counter("upstream_cancels", "Provider calls this node
 
 DECISIONS: Final = _counter("routing_decisions", "Routes decided.", labels.STRATEGY, labels.ASKED)
 EXCLUSIONS: Final = _counter("routing_exclusions", "Providers left out of a decision, by reason.", labels.EXCLUDED)
-REQUEST_ATTEMPTS: Final = _histogram("request_attempts", "Providers tried for one request that one of them answered.", ATTEMPT_BOUNDS)
+REQUEST_ATTEMPTS: Final = _histogram(
+    "request_attempts", "Providers tried for one request that one of them answered.", ATTEMPT_BOUNDS
+)
 PROVIDER_ATTEMPTS: Final = _counter("provider_attempts", "Provider calls.", labels.PROVIDER, labels.ATTEMPT_RESULT)
 PROVIDER_STANDING: Final = _highest(
     "provider_standing", "Worst of 0 steady, 1 shaky, 2 on probation, 3 throttled, 4 avoided.", labels.PROVIDER
