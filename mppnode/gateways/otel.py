@@ -163,6 +163,8 @@ class _Exporter(SpanExporter):
                 retries=False,  # nor redirects: the headers may hold a token, which is for this host
                 preload_content=False,  # what it says is not read: it may be endless, and there is nobody to tell
             )
+        except urllib3.exceptions.NewConnectionError:  # which is a timeout to urllib3, in name alone
+            return "unreachable", None
         except urllib3.exceptions.TimeoutError:
             return "timeout", None
         except (urllib3.exceptions.HTTPError, OSError):
