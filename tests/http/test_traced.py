@@ -192,10 +192,11 @@ async def test_a_channels_request_tells_no_channel_and_no_voucher(receiver: Rece
         channel, body = await world.opened(), chat("dev/echo", "the prompt nobody may read", max_tokens=5)
         voucher = world.payer.voucher(channel, 6 * UNIT)
         credential = await world.pay(voucher, body)
-        async with world.stream(body, credential) as stream:
+        async with world.stream(body, credential, headers={"traceparent": PARENT}) as stream:
             await stream.rest()
         await world.settled()
-        await sent(world, receiver)
+        whole, _ = await sent(world, receiver)
+    assert whole.parent_span_id.hex() == PARENT[36:52]
     out = b"".join(receiver.bodies)
     for secret in (channel.id, world.payer.address, voucher.signature, world.payer.key):
         assert bytes(secret) not in out
@@ -379,7 +380,8 @@ async def test_a_silent_receiver_holds_nobody_up_and_fills_nothing(receiver: Rec
     async with asyncio.timeout(3):
         while not receiver.asked:
             await asyncio.sleep(0.001)
-    await traces.close()
+    async with asyncio.timeout(3):
+        await traces.close()
     assert not receiver.bodies
     assert traces.waiting > 0
     receiver.silent.set()
