@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import tomllib
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mppnode.config.load import parse_config
 from mppnode.config.section import Section
 from mppnode.config.traces import TracesConfig, read_traces
 
+EXAMPLE = Path(__file__).resolve().parents[3] / "docs" / "mppnode.example.toml"
 ENVIRON = {"TOKEN": "Bearer abcdefghijkl", "LINES": "a\nb", "LONG": "x" * 4097}
 
 
@@ -72,3 +76,24 @@ def test_what_is_wrong_is_named_by_its_key(values: dict[str, Any], key: str) -> 
     assert problem.startswith(f"{key}: ")
     assert "written-down" not in problem
     assert ENVIRON["TOKEN"] not in problem
+
+
+def test_the_example_shows_the_whole_table() -> None:
+    """Uncommented, it loads with the whole file, has every key there is, and shows the defaults."""
+    before, mark, after = EXAMPLE.read_text().partition("#   [traces]\n")
+    table, _, rest = after.partition("\n\n")
+    shown = "\n".join(line.removeprefix("#   ") for line in (mark + table).splitlines())
+    environ = {
+        "MPPNODE_CHALLENGE_SECRET": "c" * 40,
+        "MPPNODE_PAYEE_KEY": "0x" + "22" * 32,
+        "MY_VLLM_KEY": "k" * 20,
+        "OTLP_AUTHORIZATION": ENVIRON["TOKEN"],
+    }
+    tree = tomllib.loads(f"{before}{shown}\n\n{rest}")
+    found = parse_config(tree, environ, base=EXAMPLE.parent).traces
+    assert set(tree["traces"]) == {field.name for field in fields(TracesConfig)}
+    assert found is not None
+    assert found.headers[0][1].reveal() == ENVIRON["TOKEN"]
+    assert found == TracesConfig("http://127.0.0.1:4318", headers=found.headers)
+    del tree["traces"]
+    assert parse_config(tree, environ, base=EXAMPLE.parent).traces is None
