@@ -275,6 +275,12 @@ def _says_nothing(completion: Completion) -> bool:
     return not completion.text and not any(choice.get("finish_reason") for choice in choices)
 
 
+def refused_as_asked(fault: BaseException) -> bool:
+    """Whether providers have found the request itself at fault: sent again, it would be again."""
+    attempts = fault.attempts if isinstance(fault, NodeFault) else ()
+    return bool(attempts) and all(attempt.status in CALLERS_FAULT for attempt in attempts)
+
+
 def retry_after(response: UpstreamResponse) -> float | None:
     """Seconds a provider asks us to wait, if it says so in seconds. Source: RFC 9110, Retry-After."""
     text = response.headers.get("retry-after", "")

@@ -9,7 +9,7 @@ from typing import Final, Protocol
 
 from channels.faults import ChannelFault
 from channels.units import Pico
-from mppnode.engine.attempts import CALLERS_FAULT, Answer, Endpoint, Failover
+from mppnode.engine.attempts import CALLERS_FAULT, Answer, Endpoint, Failover, refused_as_asked
 from mppnode.engine.lookup import look_up
 from mppnode.engine.market import STRANGER, Caller, Market, Quote, Route
 from mppnode.engine.paid import PaidChat, stopping
@@ -380,6 +380,8 @@ def _why(error: BaseException) -> Ending:
         return Ending.DISCONNECTED
     if isinstance(error, NodeFault) and error.reason is NodeReason.SHUTTING_DOWN:
         return Ending.NODE_STOPPED
+    if refused_as_asked(error):
+        return Ending.REJECTED
     return Ending.SUPERSEDED if isinstance(error, ChannelFault) else Ending.UPSTREAM_FAILED
 
 

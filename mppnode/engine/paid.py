@@ -352,7 +352,7 @@ class PaidChat:
     def _last_frames(self, stream: PaidStream, ending: Ending, tally: Tally) -> list[bytes]:
         first, held, last = stream.first_chunk, stream.finish, []
         match ending:
-            case Ending.UPSTREAM_FAILED:
+            case Ending.UPSTREAM_FAILED | Ending.REJECTED:
                 last.append(frames.error_frame(first, "the provider failed before the response was complete"))
             case Ending.UNPAID | Ending.SUPERSEDED | Ending.CLOSED | Ending.OVERRUN | Ending.NODE_STOPPED:
                 last.append(frames.finish_frame(first, ending.value))

@@ -46,6 +46,8 @@ class Ending(StrEnum):
     CLOSED = "closed"
     STALLED = "stalled"
     DISCONNECTED = "disconnected"
+    REJECTED = "rejected"
+    """Every provider that was asked found fault with the request itself."""
     NODE_STOPPED = "node_stopped"
     """It outlasted the time a node that stops leaves to what runs."""
 

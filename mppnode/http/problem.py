@@ -15,7 +15,7 @@ import orjson
 from channels.faults import ChannelFault, Reason
 from channels.units import Pico
 from channels.wire.problems import PROBLEMS
-from mppnode.engine.attempts import CALLERS_FAULT
+from mppnode.engine.attempts import refused_as_asked
 from mppnode.http.disclosure import cents
 from mppnode.kernel.faults import NodeFault, NodeReason
 
@@ -111,14 +111,8 @@ def retry_headers(fault: ChannelFault | NodeFault) -> dict[str, str]:
     more = dict(fault.headers) if isinstance(fault, NodeFault) else {}
     if after is not None:
         return {"Retry-After": str(after), "retry-after-ms": str(after * 1000), **more}
-    final = STATUS[fault.reason] < _SERVER_ERROR or _refused_as_asked(fault)
+    final = STATUS[fault.reason] < _SERVER_ERROR or refused_as_asked(fault)
     return {"x-should-retry": "false", **more} if final else more
-
-
-def _refused_as_asked(fault: ChannelFault | NodeFault) -> bool:
-    """Whether providers have found the request itself at fault: sent again, it would be again."""
-    attempts = fault.attempts if isinstance(fault, NodeFault) else ()
-    return bool(attempts) and all(attempt.status in CALLERS_FAULT for attempt in attempts)
 
 
 def openai_error(fault: ChannelFault | NodeFault) -> dict[str, object]:

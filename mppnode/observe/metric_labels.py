@@ -47,6 +47,7 @@ class Ending(StrEnum):
     STALLED = "stalled"
     DISCONNECTED = "disconnected"
     FAILED = "failed"
+    REJECTED = "rejected"
     NODE_STOPPED = "node_stopped"
 
 

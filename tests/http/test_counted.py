@@ -13,6 +13,7 @@ from mppnode.cli.devprovider_server import Gate
 from mppnode.gauging import page_of
 from tests.support.customers import new_customer
 from tests.support.http_client import UNIT, World, chat
+from tests.support.providers import MODEL, Sold, answers, new_shop
 
 PICO = 10**12
 
@@ -215,3 +216,15 @@ async def test_providers_and_prices_are_looked_at(world: World) -> None:
     await gauges.look_here()
     seen = Seen(world)
     assert (seen("price_timestamp_seconds", provider="dev"), seen("prices_held", provider="dev")) == (world.clock.now(), 3)
+
+
+async def test_a_request_every_provider_finds_fault_with_is_no_failure_of_theirs() -> None:
+    """A customer who asks for the impossible all day must wake nobody: rejected is the caller's doing."""
+    async with new_shop(Sold("one", answers(422)), Sold("two", answers(400))) as shop:
+        customer = await new_customer(shop)
+        for stream in (True, False):
+            assert (await customer.send(chat(MODEL, stream=stream))).headers["x-should-retry"] == "false"
+        seen = Seen(shop)
+        assert seen("requests_total", rail="credit", ending="rejected") == 2
+        assert seen("model_requests_total", model=MODEL, outcome="abandoned") == 2
+        assert seen("model_requests_total", model=MODEL, outcome="failed") == 0
