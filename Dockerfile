@@ -11,11 +11,11 @@ COPY channels channels
 COPY mppnode mppnode
 # There is no compiler here, and none is installed: every dependency publishes wheels for linux/amd64 and linux/arm64. One
 # that does not should stop the build instead of being compiled by chance.
-RUN python -m pip wheel --no-cache-dir --wheel-dir /wheels ".[postgres,stripe,jwt]"
+RUN python -m pip wheel --no-cache-dir --wheel-dir /wheels ".[postgres,stripe,jwt,otel]"
 # A virtual environment without pip, filled from those wheels alone, is copied as one directory. Installing in the last stage
 # would leave pip in it, and the wheels in a layer below.
 RUN python -m venv --without-pip /opt/mppnode
-RUN python -m pip --python /opt/mppnode/bin/python install --no-cache-dir --no-index --find-links /wheels "mppnode[postgres,stripe,jwt]"
+RUN python -m pip --python /opt/mppnode/bin/python install --no-cache-dir --no-index --find-links /wheels "mppnode[postgres,stripe,jwt,otel]"
 
 FROM python:${PYTHON}
 LABEL org.opencontainers.image.title="mppnode" \
