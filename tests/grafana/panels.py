@@ -11,8 +11,8 @@ from typing import Any
 from tests.grafana.server import GRAFANA
 
 BOARDS = sorted((GRAFANA / "dashboards").glob("*.json"))
-VARIABLES = {"$__rate_interval": "20s", "$__range": "1m", "$__interval": "5s"}
-"""What Grafana puts in: a rate over some scrapes, and the range on screen."""
+VARIABLES = {"$__rate_interval": "10m", "$__range": "1m", "$__interval": "5s"}
+"""What Grafana puts in; a window longer than any test, so that what happened at its beginning still counts."""
 
 
 @dataclass(frozen=True)
