@@ -98,6 +98,8 @@ async def main(out: Path, seconds: int) -> None:
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         async with town(Path(folder)) as place, running([place.ops], hurried(RULES_SHIPPED)) as prometheus:
+            while not await prometheus.healthy():
+                await asyncio.sleep(0.1)
             start = place.shop.net.clock.now()
             while place.shop.net.clock.now() < start + seconds:
                 await place.round()
@@ -110,11 +112,13 @@ async def main(out: Path, seconds: int) -> None:
                         parts.append(drawn(panel, await answers(prometheus, panel, path.stem, start, place.shop.net.clock.now())))
                 page = out / f"{path.stem}.html"
                 page.write_text(f"<meta charset=utf-8><style>{STYLE}</style><h2>{board['title']}</h2><div class=grid>{''.join(parts)}</div>")
-                tall = max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in board["panels"]) * ROW + 80
-                if shutil.which("chromium"):
-                    picture = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={24 * WIDTH + 30},{tall}", f"--screenshot={page.with_suffix('.png')}"]
-                    subprocess.run([*picture, page.as_uri()], capture_output=True, check=True, timeout=60)
-                print(page)
+    # Not before: the node runs in this process, and would be seen to stand still while a picture is taken.
+    for path in BOARDS:
+        page, tall = out / f"{path.stem}.html", max(panel["gridPos"]["y"] + panel["gridPos"]["h"] for panel in document(path)["panels"]) * ROW + 80
+        if shutil.which("chromium"):
+            picture = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={24 * WIDTH + 30},{tall}", f"--screenshot={page.with_suffix('.png')}"]
+            subprocess.run([*picture, page.as_uri()], capture_output=True, check=True, timeout=60)
+        print(page)
 
 
 if __name__ == "__main__":
