@@ -58,7 +58,7 @@ class Outcome(StrEnum):
     FAILED = "failed"
     """Ours or the provider's: this is what an availability is computed from."""
     ABANDONED = "abandoned"
-    """The payer's: gone, not paying, not reading."""
+    """The payer's: gone, not paying, not reading, or asking for what every provider refused."""
 
 
 class TokenKind(StrEnum):
