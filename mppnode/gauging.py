@@ -125,6 +125,8 @@ async def keep_looking(look: Callable[[], Awaitable[None]], every_s: float, slee
             await look()
         except ChannelFault as fault:
             log("gauges.late", level=Level.DEBUG, reason=fault.reason.value)
+        except Exception as error:  # noqa: BLE001 - values that stand still would keep every alert on them silent
+            log("gauges.failed", level=Level.ERROR, error=type(error).__name__)
         await sleep(every_s)
 
 
@@ -178,17 +180,15 @@ class Gauges:
             books=customers.books,
         )
 
-    async def keep_shared(self, sleep: Sleep) -> None:
+    async def _leave_counts(self) -> None:
         """Leave what was counted for the other workers, so that one that is killed loses little."""
-        while True:
-            await sleep(FLUSH_S)
-            await asyncio.to_thread(self.metrics.flush)
+        await asyncio.to_thread(self.metrics.flush)
 
     def daemons(self, sleep: Sleep) -> Iterator[tuple[str, Coroutine[Any, Any, None]]]:
         """The loops to spawn, by name."""
         yield "loop lag", watch_loop(self.metrics, self.clock, sleep)
         if self.metrics.shared:
-            yield "shared metrics", self.keep_shared(sleep)
+            yield "shared metrics", keep_looking(self._leave_counts, FLUSH_S, sleep, self.log)
         yield "gauges here", keep_looking(self.look_here, HERE_S, sleep, self.log)
         yield "gauges ledger", keep_looking(self.look_at_ledger, LEDGER_S, sleep, self.log)
         yield "gauges chain", keep_looking(self.look_at_chain, CHAIN_S, sleep, self.log)

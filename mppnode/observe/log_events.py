@@ -64,6 +64,7 @@ _PROCESS: Final = (
     _error("spool.failed", "errno", "The second copy of vouchers cannot be written."),
     _warning("sweep.late", "reason", "A sweep of orphaned holds was put off."),
     _debug("gauges.late", "reason", "A look for the metrics was put off."),
+    _error("gauges.failed", "error", "A look for the metrics failed by a mistake of ours; it is taken again."),
     _info("config.reloaded", "tables", "A changed configuration is in force."),
     _error("config.refused", "problems", "A changed configuration is wrong; the old one stays in force."),
     _warning("config.needs_restart", "keys", "Changed keys that only a restart takes up."),

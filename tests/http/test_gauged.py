@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from channels.faults import ChannelFault, Reason
 from mppnode.config.ops import MetricsConfig
+from mppnode.gauging import keep_looking
 from mppnode.parts import World as NodeWorld
 from mppnode.watchtower import Watchtower
 from tests.http.test_counted import Seen
@@ -58,3 +60,26 @@ async def test_a_watchtower_shows_what_its_treasury_does(world: World) -> None:
         assert seen["mppnode_store_commit_seconds_count", "sqlite"] > 0
     finally:
         await tower.stop()
+
+
+@pytest.mark.parametrize("error", [ValueError("hostile"), ChannelFault(Reason.STORE_UNAVAILABLE, detail="away")])
+async def test_a_look_that_fails_is_taken_again(world: World, error: Exception) -> None:
+    """Whatever goes wrong in one look, the next one comes: values that stood still would keep every alert silent."""
+    looks, pauses = list[str](), list[float]()
+
+    async def look() -> None:
+        looks.append("one")
+        if len(looks) == 1:
+            raise error
+
+    async def sleep(seconds: float) -> None:
+        pauses.append(seconds)
+        if len(pauses) == 2:
+            raise asyncio.CancelledError
+
+    with pytest.raises(asyncio.CancelledError):
+        await keep_looking(look, 5.0, sleep, world.log)
+    assert (len(looks), pauses) == (2, [5.0, 5.0])
+    told = [line for line in world.log.lines if line["event"] in ("gauges.late", "gauges.failed")]
+    assert [line["event"] for line in told] == ["gauges.failed" if isinstance(error, ValueError) else "gauges.late"]
+    assert "hostile" not in str(told), "its text may be anybody's"
